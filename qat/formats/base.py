@@ -1,0 +1,235 @@
+"""What every checkpoint format shares: a complete Hugging Face directory, digests, and reading that trusts nothing.
+
+A checkpoint is read lazily, one tensor at a time, so that an engine never holds more than it serves. Only safetensors
+and JSON are read; nothing is unpickled.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.recipe import Recipe
+
+INDEX = "model.safetensors.index.json"
+CERTIFICATE = "verify.json"
+T = TypeVar("T")
+
+
+class Lazy(Mapping[str, T], Generic[T]):
+    """Names known at once, values read when asked for."""
+
+    def __init__(self, names: list[str], read: Callable[[str], T]):
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, opened.
+
+    Attributes:
+        path: Its directory.
+        config: `config.json` as it stands.
+        recipe: One rule for each scheme in the file; empty for a plain checkpoint.
+        tensors: Module name to its quantized weight.
+        plain: Parameter name to its unquantized tensor.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    recipe: Recipe
+    tensors: Mapping[str, QuantizedTensor]
+    plain: Mapping[str, Tensor]
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes of a tensor."""
+    data = tensor.detach().cpu().contiguous()
+    sha = hashlib.sha256(f"{data.dtype} {tuple(data.shape)} ".encode())
+    sha.update(data.view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def quantized_digests(name: str, tensor: QuantizedTensor) -> dict[str, str]:
+    """Digests of a quantized weight's parts, keyed `<module>.codes`, `.scale` and, where it has one, `.zero_point`."""
+    parts = {"codes": tensor.codes, "scale": tensor.scale, "zero_point": tensor.zero_point}
+    return {f"{name}.{part}": digest(value) for part, value in parts.items() if value is not None}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: The file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; a checkpoint directory holds it") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name to the safetensors file that holds it, shards included.
+
+    Raises:
+        ValueError: A file is missing, truncated or no safetensors file, or the index and a shard disagree.
+    """
+    index = path / INDEX
+    shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    where: dict[str, Path] = {}
+    for shard in shards:
+        file = path / shard
+        if file.parent != path or not file.is_file():
+            raise ValueError(f"{file}: no such file; the checkpoint is incomplete")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                where.update(dict.fromkeys(handle.keys(), file))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from None
+    if index.exists() and (lost := sorted(set(read_json(index)["weight_map"]) ^ set(where))):
+        raise ValueError(f"{index}: the index and the shards disagree about {lost[0]}")
+    return where
+
+
+class Reader:
+    """Reads single tensors of a checkpoint and holds them to the certificate's digests, where one lies beside them."""
+
+    def __init__(self, path: Path):
+        self.path, self.files = path, tensor_files(path)
+        certificate = path / CERTIFICATE
+        self._digests: dict[str, str] = read_json(certificate).get("sha256", {}) if certificate.exists() else {}
+
+    def raw(self, name: str) -> Tensor:
+        """The tensor of this name as the file has it."""
+        if name not in self.files:
+            raise ValueError(f"{self.path}: tensor {name} is missing")
+        with safe_open(self.files[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        """The stored dtype of a tensor, by its torch name, read from the header alone."""
+        with safe_open(self.files[name], framework="pt") as handle:
+            stored = handle.get_slice(name).get_dtype()
+        return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(stored, stored)
+
+    def plain(self, name: str) -> Tensor:
+        """An unquantized tensor, checked."""
+        tensor = self.raw(name)
+        self.check({name: tensor}, name)
+        return tensor
+
+    def check(self, parts: dict[str, Tensor], name: str) -> None:
+        """Raises ValueError naming tensor and file if a part is not what the certificate says."""
+        for key, tensor in parts.items():
+            if self._digests and self._digests.get(key) != digest(tensor):
+                file = next((f for n, f in self.files.items() if n.startswith(name)), self.path)
+                raise ValueError(f"{file}: {key} is not what {CERTIFICATE} certifies; the file was changed")
+
+
+def load_plain(path: Path | str) -> Checkpoint:
+    """Opens an unquantized Hugging Face checkpoint directory.
+
+    Raises:
+        ValueError: It is incomplete, damaged or quantized.
+    """
+    path = Path(path)
+    config = read_json(path / "config.json")
+    if (method := (config.get("quantization_config") or {}).get("quant_method")) is not None:
+        raise ValueError(f"{path}: a checkpoint quantized by {method!r}, not a plain one")
+    reader = Reader(path)
+    return Checkpoint(path, config, Recipe({}), {}, Lazy(list(reader.files), reader.plain))
+
+
+def unquantized_state(
+    model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], folded: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Every tensor of the file that is not quantized, in the storage dtype: `folded` wins over the model's own.
+
+    Tied tensors appear once, under the name that the model ties to.
+
+    Raises:
+        ValueError: A tensor is not representable in `dtype`, is not finite, or `folded` names none of the model's.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    state = {k: v for k, v in model.state_dict().items() if k not in tied}
+    if strays := sorted(set(folded) - set(state)):
+        raise ValueError(f"{strays[0]}: a changed tensor that the model does not have")
+    quantized = {f"{name}.weight" for name in tensors}
+    if strays := sorted(quantized - set(state)):
+        raise ValueError(f"{strays[0]}: quantized, but the model has no such tensor of its own (tied to another?)")
+    result = {}
+    for name, own in state.items():
+        if name in quantized:
+            continue
+        value = folded.get(name, own).detach()
+        if value.is_floating_point():
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name}: not finite; the model is damaged")
+            stored = value.to(dtype)
+            if not torch.equal(stored.to(value.dtype), value):
+                raise ValueError(f"{name}: holds values beyond {dtype}; round the model to the storage dtype first")
+            value = stored
+        result[name] = value.cpu().contiguous()
+    return result
+
+
+def write_directory(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    state: Mapping[str, Tensor],
+    quantization_config: dict[str, Any] | None,
+    dtype: torch.dtype,
+) -> None:
+    """Writes config, generation config, tokenizer (chat template included) and safetensors; whole or not at all."""
+    if path.exists() and any(path.iterdir()) and "quantization_config" not in read_json(path / "config.json"):
+        raise ValueError(f"{path}: holds something other than an earlier export; name an empty or new directory")
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if quantization_config is not None:
+        config.quantization_config = quantization_config
+    config.save_pretrained(part)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(part)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(part)
+    save_torch_state_dict(dict(state), part, metadata={"format": "pt"}, max_shard_size="50GB")
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of all `nn.Linear` modules: what formats that target by class need for their ignore list."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -1,0 +1,280 @@
+"""compressed-tensors `pack-quantized`: integer weights of 2 to 8 bits, as vLLM, SGLang and transformers read them.
+
+For each quantized module (all row-major, codes and zero points stored with `2**(bits-1)` added, dense bitstream):
+
+    weight_packed      int32  [O, ceil(I * bits / 32)]     packed along I
+    weight_scale       storage dtype, of the scheme's scale shape
+    weight_shape       int64  [2] = [O, I]
+    weight_zero_point  int32  [ceil(O * bits / 32), G]     packed along O; asymmetric schemes only
+
+Symmetric checkpoints must not hold a zero point: vLLM refuses them.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qat.formats.base import (
+    Checkpoint,
+    Lazy,
+    Reader,
+    linear_names,
+    read_json,
+    unquantized_state,
+    write_directory,
+)
+from qat.numerics.affine import scale_dtype
+from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from qat.numerics.grid import IntGrid
+from qat.numerics.packing import num_words, pack, unpack
+from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme
+
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+LAYOUT_VERSION = "0.20.0"  # the dense bitstream; releases before 0.18 left gaps at 3, 5, 6 and 7 bits
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+def check_scheme(name: str, weight: Scheme, input: Scheme | None = None) -> None:
+    """Raises ValueError, naming the module, if the format cannot carry a scheme."""
+    if input is not None:
+        raise ValueError(f"{name}: {FORMAT} carries weights only; its input scheme {input} cannot be exported")
+    if weight.dynamic:
+        raise ValueError(f"{name}: a dynamic scale is never stored; set dynamic=false on the weight's scheme")
+    if isinstance(weight.granularity, PerTensor) and not weight.symmetric:
+        raise ValueError(f"{name}: {FORMAT} packs zero points per channel or group only; use symmetric=true")
+
+
+def save(
+    path: Path | str,
+    model: PreTrainedModel,
+    recipe: Recipe,
+    tensors: Mapping[str, QuantizedTensor],
+    folded: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes a complete Hugging Face directory with packed weights, replacing `path` whole or not at all.
+
+    Args:
+        path: Directory to write.
+        model: The full-precision model: its config, and every tensor that neither `tensors` nor `folded` holds.
+        recipe: What the codes were found under; each tensor's scheme must be the one that its rule names.
+        tensors: Module name to quantized weight.
+        folded: Parameter name to the unquantized tensor that replaces the model's.
+        tokenizer: Saved beside the weights, chat template included.
+        dtype: Storage dtype of scales and unquantized tensors.
+
+    Raises:
+        ValueError: The format cannot carry a scheme, or a tensor does not fit the storage dtype.
+    """
+    for name, tensor in tensors.items():
+        hit = recipe.rule_for(name)
+        if hit is None or hit[1].weight != tensor.scheme:
+            raise ValueError(f"{name}: quantized as {tensor.scheme}, but the recipe says {hit and hit[1].weight}")
+        check_scheme(name, tensor.scheme, hit[1].input)
+        if tensor.scale.dtype != scale_dtype(tensor.scheme, dtype):
+            raise ValueError(f"{name}: scale in {tensor.scale.dtype}, but the storage dtype is {dtype}")
+    config = quantization_config(tensors, linear_names(model))
+    write_directory(Path(path), model, tokenizer, state(model, tensors, folded, dtype), config, dtype)
+
+
+def state(
+    model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], folded: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of the file by name: packed weights, and everything else in the storage dtype."""
+    result = unquantized_state(model, tensors, folded, dtype)
+    for name, tensor in tensors.items():
+        result |= {f"{name}.{part}": value for part, value in pack_tensor(tensor).items()}
+    return result
+
+
+def pack_tensor(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """A quantized weight as the format's tensors."""
+    bits = tensor.scheme.grid.bits
+    parts = {
+        "weight_packed": pack(tensor.codes.cpu().to(torch.int16) - tensor.scheme.grid.qmin, bits),
+        "weight_scale": tensor.scale.cpu().contiguous(),
+        "weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
+    }
+    if tensor.zero_point is not None:
+        unsigned = tensor.zero_point.cpu().to(torch.int16) - tensor.scheme.grid.qmin
+        parts["weight_zero_point"] = pack(unsigned.T, bits).T.contiguous()
+    return parts
+
+
+def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
+    """The inverse of `pack_tensor`.
+
+    Raises:
+        ValueError: A part has the wrong shape or dtype, or a scale is not a positive number.
+    """
+    if (found := parts["weight_shape"]).numel() != 2 or found.dtype != torch.int64:
+        raise ValueError(f"{name}.weight_shape: expected two int64, found {found.dtype} {tuple(found.shape)}")
+    rows, columns = (int(n) for n in found)
+    bits, packed, scale = scheme.grid.bits, parts["weight_packed"], parts["weight_scale"]
+    if packed.dtype != torch.int32 or tuple(packed.shape) != (rows, num_words(columns, bits)):
+        raise ValueError(
+            f"{name}.weight_packed: {packed.dtype} {tuple(packed.shape)}; {bits}-bit [{rows}, {columns}] needs "
+            f"torch.int32 {(rows, num_words(columns, bits))}"
+        )
+    shape = scheme.granularity.scale_shape((rows, columns))
+    if tuple(scale.shape) != shape or not scale.is_floating_point():
+        raise ValueError(f"{name}.weight_scale: {scale.dtype} {tuple(scale.shape)}, expected {shape}")
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"{name}.weight_scale: a scale is zero, negative or not finite")
+    zero_point = None
+    if not scheme.symmetric:
+        words = parts["weight_zero_point"]
+        if words.dtype != torch.int32 or tuple(words.shape) != (num_words(rows, bits), shape[1]):
+            raise ValueError(f"{name}.weight_zero_point: {words.dtype} {tuple(words.shape)}")
+        unsigned = unpack(words.T.contiguous(), bits, rows).T
+        zero_point = (unsigned.to(torch.int16) + scheme.grid.qmin).to(torch.int8).contiguous()
+    codes = (unpack(packed, bits, columns).to(torch.int16) + scheme.grid.qmin).to(torch.int8)
+    return QuantizedTensor(codes, scale, zero_point, scheme, (rows, columns))
+
+
+def quantization_config(tensors: Mapping[str, QuantizedTensor], linears: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    One scheme: one group that targets `Linear`, with every other linear in `ignore`. Several: a group for each, which
+    names its modules.
+    """
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_scheme.setdefault(tensor.scheme, []).append(name)
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if len(by_scheme) == 1 else names,
+            "format": FORMAT,
+            "input_activations": None,
+            "output_activations": None,
+            "weights": weights_args(scheme),
+        }
+        for i, (scheme, names) in enumerate(by_scheme.items())
+    }
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "version": LAYOUT_VERSION,
+        "ignore": [name for name in linears if name not in tensors],
+        "kv_cache_scheme": None,
+        "config_groups": groups,
+    }
+
+
+def weights_args(scheme: Scheme) -> dict[str, Any]:
+    """A scheme in the format's words."""
+    strategy = {PerTensor: "tensor", PerChannel: "channel", PerGroup: "group"}[type(scheme.granularity)]  # type: ignore[index]
+    return {
+        "num_bits": scheme.grid.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": strategy,
+        "group_size": getattr(scheme.granularity, "group_size", None),
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+    }
+
+
+def scheme_of(where: str, group: Mapping[str, Any]) -> Scheme:
+    """The scheme of a config group.
+
+    Raises:
+        ValueError: The group says something that this reader does not serve.
+    """
+    weights = group.get("weights") or {}
+    if group.get("input_activations") or group.get("output_activations"):
+        raise ValueError(f"{where}: quantized activations; this reader serves weight-only checkpoints")
+    if group.get("format") not in (None, FORMAT) or weights.get("type") != "int" or weights.get("dynamic"):
+        raise ValueError(
+            f"{where}: format {group.get('format')!r}, type {weights.get('type')!r}; expected {FORMAT}, int"
+        )
+    strategy = weights.get("strategy")
+    granularity: Granularity
+    if strategy == "group":
+        granularity = PerGroup(weights.get("group_size"))
+    elif strategy in ("channel", "tensor"):
+        granularity = PerChannel() if strategy == "channel" else PerTensor()
+    else:
+        raise ValueError(f"{where}: strategy {strategy!r}; expected group, channel or tensor")
+    return Scheme(IntGrid(weights.get("num_bits")), granularity, symmetric=bool(weights.get("symmetric", True)))
+
+
+def load(path: Path | str) -> Checkpoint:
+    """Opens a checkpoint directory; tensors are read, and checked, when they are asked for.
+
+    Where a certificate lies beside the weights, each tensor is held to its digests.
+
+    Raises:
+        ValueError: The directory is incomplete or damaged, or holds another format; the message names tensor and file.
+    """
+    path = Path(path)
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config") or {}
+    if (method := quantization.get("quant_method")) != METHOD or quantization.get("format") not in (FORMAT, None):
+        found = f"{method!r} {quantization.get('format', '')}".strip()
+        raise ValueError(f"{path}: quantized by {found}; this reader serves {METHOD} {FORMAT}")
+    reader = Reader(path)
+    modules = [name.removesuffix(".weight_packed") for name in reader.files if name.endswith(".weight_packed")]
+    storage = config.get("dtype") or config.get("torch_dtype")
+    schemes = {
+        name: replace(
+            scheme, scale_dtype=None if (stored := reader.dtype(f"{name}.weight_scale")) == storage else stored
+        )
+        for name, scheme in module_schemes(path, quantization, modules).items()
+        if f"{name}.weight_scale" in reader.files
+    }
+    parts = {f"{m}.{p}" for m, s in schemes.items() for p in (PARTS if not s.symmetric else PARTS[:3])}
+    if strays := [n for n in reader.files if n.rpartition(".")[2] in PARTS and n not in parts]:
+        raise ValueError(f"{reader.files[strays[0]]}: tensor {strays[0]} belongs to no quantized module")
+    needed = parts | {f"{name}.weight_scale" for name in modules}
+    if missing := sorted(needed - set(reader.files)):
+        raise ValueError(f"{path}: tensor {missing[0]} is missing")
+
+    def read(name: str) -> QuantizedTensor:
+        wanted = PARTS if not schemes[name].symmetric else PARTS[:3]
+        try:
+            tensor = unpack_tensor(name, {p: reader.raw(f"{name}.{p}") for p in wanted}, schemes[name])
+        except ValueError as error:
+            raise ValueError(f"{reader.files[f'{name}.weight_packed']}: {error}") from None
+        values = {"codes": tensor.codes, "scale": tensor.scale, "zero_point": tensor.zero_point}
+        reader.check({f"{name}.{part}": value for part, value in values.items() if value is not None}, name)
+        return tensor
+
+    plain = [name for name in reader.files if name not in parts]
+    return Checkpoint(path, config, _recipe(schemes), Lazy(modules, read), Lazy(plain, reader.plain))
+
+
+def module_schemes(path: Path, quantization: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme]:
+    """The scheme of every packed module: groups that name it win over groups that target its class."""
+    groups = quantization.get("config_groups") or {}
+    schemes = {key: scheme_of(f"{path}/config.json: {key}", group) for key, group in groups.items()}
+    result = {}
+    for name in modules:
+        hits = [key for key, group in groups.items() if any(_targets(target, name) for target in group["targets"])]
+        hits = hits or [key for key, group in groups.items() if "Linear" in group["targets"]]
+        if not hits:
+            raise ValueError(f"{path}/config.json: no config group speaks of the packed module {name}")
+        result[name] = schemes[hits[0]]
+    return result
+
+
+def _targets(target: str, name: str) -> bool:
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def _recipe(schemes: Mapping[str, Scheme]) -> Recipe:
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        by_scheme.setdefault(scheme, []).append(name)
+    return Recipe({str(s): Rule("|".join(re.escape(name) for name in names), s) for s, names in by_scheme.items()})
