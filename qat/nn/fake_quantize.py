@@ -34,6 +34,7 @@ class FakeQuantize(nn.Module):
         observer: Finds ranges.
         estimator: The gradient of rounding.
         storage: Storage dtype of the export.
+        name: Of the module that owns it, for messages.
     """
 
     scale: Tensor
@@ -46,12 +47,13 @@ class FakeQuantize(nn.Module):
         observer: Observer,
         estimator: Estimator,
         storage: torch.dtype,
+        name: str,
         device: torch.device | None = None,
     ):
         super().__init__()
         assert (shape is None) == scheme.dynamic, "static schemes keep scales of a known shape, dynamic ones none"
         self.scheme, self.observer, self.estimator, self.storage = scheme, observer, estimator, storage
-        self.phase = Phase.OBSERVE
+        self.name, self.phase = name, Phase.OBSERVE
         if shape is not None:
             size = scheme.granularity.scale_shape(shape)
             stored = scale_dtype(scheme, storage)
@@ -63,8 +65,15 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Takes the scales from `x`; what was learned before is forgotten."""
-        scale, zero_point = self.observer.qparams(x, self.scheme, self.storage)
+        """Takes the scales from `x`; what was learned before is forgotten.
+
+        Raises:
+            ValueError: `x` is not finite, or its scales do not fit their dtype; names the module.
+        """
+        try:
+            scale, zero_point = self.observer.qparams(x, self.scheme, self.storage)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         self.scale.copy_(scale)
         if self.zero_point is not None:
             self.zero_point.copy_(zero_point)

@@ -77,12 +77,9 @@ def prepare(
         linear = model.get_submodule(row.name)
         assert isinstance(linear, nn.Linear)
         device = linear.weight.device
-        weight = FakeQuantize(row.weight, row.shape, observer, estimator, storage, device)
-        try:
-            weight.observe(linear.weight)
-        except ValueError as error:
-            raise ValueError(f"{row.name}: {error}") from None
-        input = None if row.input is None else FakeQuantize(row.input, None, MinMax(), estimator, storage)
+        weight = FakeQuantize(row.weight, row.shape, observer, estimator, storage, row.name, device)
+        weight.observe(linear.weight)
+        input = None if row.input is None else FakeQuantize(row.input, None, MinMax(), estimator, storage, row.name)
         model.set_submodule(row.name, QATLinear.from_float(linear, weight, input))
     set_phase(model, Phase.LEARN if estimator.learns_scale else Phase.FROZEN)
     _freeze_embeddings(model, train_embeddings)
