@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -131,3 +132,24 @@ def _rebuilt_gguf(file: Path) -> str:
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
     return str(target)
+
+
+def load_quantized(path: Path, dtype: torch.dtype | None, dequantize: bool) -> PreTrainedModel:
+    """A packed checkpoint as plain transformers loads it: the foreign view of an export.
+
+    Args:
+        path: A checkpoint directory with a `quantization_config` of compressed-tensors.
+        dtype: Dtype to load in; None takes transformers' default.
+        dequantize: Ask for dequantization while loading, instead of at the first forward. transformers 5.23 with
+            compressed-tensors 0.20 loads asymmetric checkpoints in no other way.
+    """
+    from transformers import CompressedTensorsConfig
+
+    transformers.utils.logging.disable_progress_bar()
+    kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if dequantize:
+        kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)  # decompresses on the first forward
+    return model

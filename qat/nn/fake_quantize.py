@@ -1,5 +1,7 @@
 """FakeQuantize: one tensor on its grid during training, with a gradient."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -54,6 +56,7 @@ class FakeQuantize(nn.Module):
         assert (shape is None) == scheme.dynamic, "static schemes keep scales of a known shape, dynamic ones none"
         self.scheme, self.observer, self.estimator, self.storage = scheme, observer, estimator, storage
         self.name, self.phase = name, Phase.OBSERVE
+        self._kept: dict[torch.dtype, Tensor] | None = None
         if shape is not None:
             size = scheme.granularity.scale_shape(shape)
             stored = scale_dtype(scheme, storage)
@@ -91,6 +94,13 @@ class FakeQuantize(nn.Module):
         """`x` on its grid, in the compute dtype."""
         if self.phase is Phase.OFF:
             return x.to(dtype)
+        if self._kept is not None and not self.scheme.dynamic:
+            if dtype not in self._kept:
+                self._kept[dtype] = self._quantize(x, dtype)
+            return self._kept[dtype]
+        return self._quantize(x, dtype)
+
+    def _quantize(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if self.scheme.dynamic:
             scale, zero_point = self.observer.qparams(x, self.scheme, torch.float32)
             return _FakeQuantize.apply(x, None, scale, zero_point, self.scheme, self.estimator, dtype)
@@ -102,6 +112,20 @@ class FakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
         return f"{self.scheme}, {type(self.estimator).__name__}, {self.phase.name}"
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """While open, fake-quantized weights are computed once and kept: for repeated forwards without a gradient."""
+    modules = [m for m in model.modules() if isinstance(m, FakeQuantize)]
+    for module in modules:
+        module._kept = {}
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in modules:
+            module._kept = None
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -24,6 +24,8 @@ from qat.training.phases import PhaseSchedule
 
 THIRD_PARTY = ".*treespec, LeafSpec.*|.*Checkpoint directory .* exists.*"  # Lightning about itself: nothing to act on
 
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -59,7 +61,9 @@ class Training:
 
 
 def precision(wanted: str, device: torch.device) -> str:
-    """Lightning's name of the precision to train in."""
+    """Lightning's name of the precision to train in: masters are fp32 in each."""
+    if wanted not in PRECISIONS:
+        raise ValueError(f"trainer.precision={wanted}: one of {', '.join(PRECISIONS)}; masters stay fp32")
     if wanted != "auto":
         return wanted
     return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
@@ -77,7 +81,7 @@ def fit(
     device: torch.device,
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
-) -> dict[str, float]:
+) -> tuple[QATModule, dict[str, float]]:
     """Trains `student` in place; a checkpoint in `directory` is resumed.
 
     Args:
@@ -94,7 +98,7 @@ def fit(
         callbacks: Callbacks beside ours.
 
     Returns:
-        `steps` taken in this process, `tokens` seen and `seconds`.
+        The module that trained, and `steps` taken in this process, `tokens` seen and `seconds`.
 
     Raises:
         ValueError: The loss or a gradient is not finite, or the checkpoint belongs to another run.
@@ -138,4 +142,4 @@ def fit(
     trainer.save_checkpoint(directory / "checkpoints" / f"step={trainer.global_step}.ckpt")
     student.to(device)
     taken = trainer.global_step - first
-    return {"steps": taken, "tokens": taken * per_step, "seconds": time.monotonic() - start}
+    return module, {"steps": taken, "tokens": taken * per_step, "seconds": time.monotonic() - start}

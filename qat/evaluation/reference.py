@@ -1,0 +1,95 @@
+"""Reference logits: what the trained or calibrated graph says in fp32, on fixed prompts and their greedy ends."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+FILE = "verify/reference.safetensors"  # in a folder of its own: serving tools read every safetensors file of theirs
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One prompt, and what greedy decoding made of it.
+
+    Attributes:
+        ids: Prompt and generated tokens, int64 `[T]`.
+        prompt: Length of the prompt.
+        logits: fp32 `[T - 1, V]`: row t precedes token t + 1.
+    """
+
+    ids: Tensor
+    prompt: int
+    logits: Tensor
+
+    @property
+    def generated(self) -> list[int]:
+        """The generated tokens."""
+        return self.ids[self.prompt :].tolist()
+
+
+@torch.no_grad()
+def decode(graph: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Sequence:
+    """Greedy decoding with a KV cache, keeping the logits of every position; eos does not stop it.
+
+    Args:
+        graph: Any causal language model, with fp32 parameters.
+        prompt: Token ids `[T]`.
+        new_tokens: How many to append.
+    """
+    device = next(graph.parameters()).device
+    with full_precision():
+        out = graph(input_ids=prompt[None].to(device), use_cache=True)
+        logits, ids = [out.logits[0].float().cpu()], prompt.tolist()
+        for _ in range(new_tokens):
+            ids.append(int(logits[-1][-1].argmax()))
+            if len(ids) == len(prompt) + new_tokens:
+                break
+            step = torch.tensor([[ids[-1]]], device=device)
+            out = graph(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits[0].float().cpu())
+    return Sequence(torch.tensor(ids), len(prompt), torch.cat(logits))
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 means fp32: neither autocast nor TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def save(path: Path, sequences: list[Sequence]) -> None:
+    """Writes the sequences into an export directory."""
+    (path / FILE).parent.mkdir(exist_ok=True)
+    parts = {}
+    for i, sequence in enumerate(sequences):
+        length = torch.tensor(sequence.prompt)
+        parts |= {f"{i}.ids": sequence.ids, f"{i}.prompt": length, f"{i}.logits": sequence.logits}
+    save_file(parts, path / FILE)
+
+
+def load(path: Path) -> list[Sequence]:
+    """Reads the sequences of an export directory; none if it has none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not (path / FILE).exists():
+        return []
+    try:
+        parts = load_file(path / FILE)
+        count = len(parts) // 3
+        return [Sequence(parts[f"{i}.ids"], int(parts[f"{i}.prompt"]), parts[f"{i}.logits"]) for i in range(count)]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path / FILE}: damaged ({error})") from None

@@ -1,0 +1,175 @@
+"""The certificate: the integers that training computed with are those in the file, and those that the engine serves.
+
+`verify.json` lies beside the checkpoint. Export writes what was true before the file existed: digests of every tensor,
+taken where the codes were found, and reference logits of the graph that found them. `verify` reads the file back and
+holds it to that; it never evaluates a scale or a code.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.engine.config import EngineConfig, SamplingParams
+from qat.engine.llm import LLM
+from qat.evaluation import foreign, reference
+from qat.evaluation.reference import Sequence
+from qat.formats import compressed_tensors
+from qat.formats.base import CERTIFICATE, Checkpoint, digest, quantized_digests, read_json
+from qat.numerics.metrics import kl
+from qat.numerics.qtensor import QuantizedTensor
+
+LOGIT_BOUND = 1e-4  # of the largest reference logit
+FAST_KL_BOUND = 0.02  # nats, of the fast path against the reference
+MIN_PROMPTS, MIN_TOKENS = 3, 32
+
+
+def issue(
+    path: Path,
+    tensors: Mapping[str, QuantizedTensor],
+    unquantized: Mapping[str, Tensor],
+    sequences: list[Sequence],
+    facts: dict[str, Any],
+) -> None:
+    """Writes a certificate that claims nothing yet, beside an export.
+
+    Args:
+        path: The checkpoint directory.
+        tensors: What `convert` or a PTQ method returned, not what a file says.
+        unquantized: Every other tensor of the file, as it was before the file.
+        sequences: Reference logits of the graph that was trained or calibrated.
+        facts: What is recorded beside: arm, device, captured weights, versions.
+    """
+    sha: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        sha |= quantized_digests(name, tensor)
+    sha |= {name: digest(value) for name, value in unquantized.items()}
+    reference.save(path, sequences)
+    _write(path, {"verified": False, **facts, "reference": _reference_digests(sequences), "checks": {}, "sha256": sha})
+
+
+def verify(path: Path, device: str = "auto") -> dict[str, Any]:
+    """Checks an export against its certificate, writes the result into it, and returns it.
+
+    Returns:
+        The certificate: `verified` is true if every check that applies passed; `checks` has each with what was found;
+        `unchecked` says what could not be checked here and why.
+
+    Raises:
+        ValueError: The checkpoint cannot be read at all, or a tensor is not what the certificate says; names it.
+    """
+    checkpoint = compressed_tensors.load(path)
+    certificate = read_json(path / CERTIFICATE) if (path / CERTIFICATE).exists() else {}
+    sequences = reference.load(path)
+    unchecked: list[str] = []
+    checks: dict[str, Any] = {}
+    if "sha256" in certificate:
+        checks["tensors"] = _tensors(checkpoint, certificate["sha256"])
+    else:
+        unchecked.append("tensors: no certificate lies beside the checkpoint, so nothing says what they should be")
+    if not sequences:
+        unchecked.append("logits and greedy tokens: no reference lies beside the checkpoint")
+    elif _reference_digests(sequences) != certificate.get("reference"):
+        raise ValueError(f"{path / reference.FILE}: not the reference that {CERTIFICATE} certifies; it was changed")
+    captured = certificate.get("captured")
+    if isinstance(captured, dict):
+        checks["captured"] = {**captured, "passed": 0 < captured["equal"] == captured["modules"]}
+    elif captured is None:
+        unchecked.append("weights of the training graph: only the run that trained them could capture them")
+    checks |= _foreign(checkpoint, sequences)
+    if sequences:
+        checks["engine"] = _engine(path, sequences, device)
+        checks["fast_path"] = _fast_path(path, sequences, device)
+    verified = bool(sequences) and "tensors" in checks and all(c["passed"] for c in checks.values())
+    certificate = certificate | {"checks": checks, "unchecked": unchecked, "verified": verified}
+    if "sha256" in certificate:
+        _write(path, certificate)
+    return certificate
+
+
+def _tensors(checkpoint: Checkpoint, sha: Mapping[str, str]) -> dict[str, Any]:
+    """Reading a tensor compares its digest; what remains is that none is missing or beside the certificate."""
+    found: set[str] = set()
+    for name in checkpoint.tensors:
+        found |= set(quantized_digests(name, checkpoint.tensors[name]))
+    for name in checkpoint.plain:
+        assert checkpoint.plain[name] is not None
+        found.add(name)
+    missing, extra = sorted(set(sha) - found), sorted(found - set(sha))
+    return {"equal": len(found) - len(extra), "missing": missing, "extra": extra, "passed": not missing and not extra}
+
+
+def _foreign(checkpoint: Checkpoint, sequences: list[Sequence]) -> dict[str, Any]:
+    rows = {"compressed_tensors": foreign.library(checkpoint)}
+    rows["transformers_default"] = foreign.transformers(checkpoint, None, [])
+    symmetric = all(rule.weight is None or rule.weight.symmetric for rule in checkpoint.recipe.rules.values())
+    if symmetric:  # loaded asymmetrically, transformers decodes in bf16 first: no fp32 view exists
+        rows["transformers_fp32"] = foreign.transformers(checkpoint, torch.float32, sequences)
+    for row in rows.values():
+        row["passed"] = row["max_abs_diff"] == 0
+        if "max_abs_logit_diff" in row:
+            row["passed"] &= row["max_abs_logit_diff"] <= LOGIT_BOUND * row["max_abs_logit"]
+    return rows
+
+
+def _engine(path: Path, sequences: list[Sequence], device: str) -> dict[str, Any]:
+    llm = LLM(path, EngineConfig(kernel="reference", device=device))
+    worst = largest = 0.0
+    for sequence in sequences:
+        scores = llm.score(sequence.ids[:-1].tolist(), prefill=sequence.prompt)
+        worst = max(worst, float((scores.cpu() - sequence.logits).abs().max()))
+        largest = max(largest, float(sequence.logits.abs().max()))
+    tokens = max(len(s.generated) for s in sequences)
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    outputs = llm.generate([s.ids[: s.prompt].tolist() for s in sequences], params)
+    equal = sum(list(o.token_ids) == s.generated for o, s in zip(outputs, sequences, strict=True))
+    llm.check_integrity()
+    enough = len(sequences) >= MIN_PROMPTS and tokens >= MIN_TOKENS
+    return {
+        "max_abs_logit_diff": worst,
+        "max_abs_logit": largest,
+        "greedy_equal": equal,
+        "prompts": len(sequences),
+        "tokens": tokens,
+        "passed": worst <= LOGIT_BOUND * largest and equal == len(sequences) and enough,
+    }
+
+
+def _fast_path(path: Path, sequences: list[Sequence], device: str) -> dict[str, Any]:
+    """The engine as it serves: KL and top-1 agreement with the reference, and whether each flip was a near tie."""
+    llm = LLM(path, EngineConfig(device=device))
+    divergence, agree, count, flips, noise = 0.0, 0, 0, [], 0.0
+    for i, sequence in enumerate(sequences):
+        scores = llm.score(sequence.ids[:-1].tolist(), prefill=sequence.prompt).cpu()
+        noise = max(noise, float((scores - sequence.logits).abs().max()))
+        divergence += float(kl(sequence.logits, scores).double().sum())
+        same = scores.argmax(-1) == sequence.logits.argmax(-1)
+        agree, count = agree + int(same.sum()), count + len(same)
+        for position in (~same).nonzero().flatten().tolist():
+            top = sequence.logits[position].topk(2).values
+            flips.append({"prompt": i, "position": position, "margin": float(top[0] - top[1])})
+    mean = divergence / count
+    near = all(flip["margin"] <= 2 * noise for flip in flips)
+    return {
+        "kernels": llm.kernels,
+        "kl": mean,
+        "top1_agree": agree / count,
+        "max_abs_logit_diff": noise,
+        "flips": flips,
+        "bound": FAST_KL_BOUND,
+        "passed": mean <= FAST_KL_BOUND and near,
+    }
+
+
+def _reference_digests(sequences: list[Sequence]) -> list[dict[str, str]]:
+    return [{"ids": digest(s.ids), "logits": digest(s.logits), "prompt": str(s.prompt)} for s in sequences]
+
+
+def _write(path: Path, certificate: dict[str, Any]) -> None:
+    part = path / f".{CERTIFICATE}.part"
+    part.write_text(json.dumps(certificate, indent=1), encoding="utf-8")
+    os.replace(part, path / CERTIFICATE)

@@ -1,0 +1,64 @@
+"""From a trained student to integers, with the evidence that they are what training computed with."""
+
+import torch
+from torch import Tensor
+
+from qat.kernels.fake_quant import watch
+from qat.nn.fake_quantize import Phase
+from qat.surgery.convert import Folded, Tensors, convert
+from qat.surgery.prepare import fake_quants, set_phase
+from qat.training.module import QATModule
+
+
+@torch.no_grad()
+def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[Tensors, Folded, dict[str, object]]:
+    """Converts, and holds the codes to what the training graph computes, bit for bit.
+
+    The graph runs the prompts once more as in training: training mode, the same autocast, compiled if it was. Every
+    fake-quantized weight that passes is compared, in the dtype in which it passes, with the dequantized codes.
+
+    Args:
+        module: After its last optimizer step.
+        prompts: Token ids, `[1, T]` each.
+        precision: Lightning's name of the precision that training ran in.
+
+    Returns:
+        The pair of `convert`, and `{"modules", "equal", "dtype"}` for the certificate.
+
+    Raises:
+        ValueError: A weight is not finite (`convert`).
+        AssertionError: Training computed with something other than the codes. This is a bug, not a user's mistake.
+    """
+    student = module.student
+    linears = fake_quants(student)
+    if module.schedule.phase(module.steps, module.learns_scale) is Phase.OBSERVE:  # scales still follow the weights
+        for linear in linears.values():
+            linear.weight_fake_quant.observe(linear.weight)
+    set_phase(student, Phase.LEARN if module.learns_scale else Phase.FROZEN)
+    tensors, folded = convert(student)
+    names = {linear.weight.data_ptr(): name for name, linear in linears.items()}
+    seen: dict[str, torch.dtype] = {}
+
+    def compare(master: Tensor, result: Tensor) -> None:
+        name = names.get(master.data_ptr())
+        if name is None:
+            return  # an activation
+        expected = tensors[name].dequantize(result.dtype)
+        assert torch.equal(_bits(result), _bits(expected)), (
+            f"{name}: training computed with other weights than its codes"
+        )
+        seen[name] = result.dtype
+
+    student.train()
+    device = linears[next(iter(linears))].weight.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
+    with watch(compare), autocast:
+        for prompt in prompts:
+            module.forward_student(input_ids=prompt.to(device), use_cache=False)
+    assert set(seen) == set(tensors), f"{sorted(set(tensors) - set(seen))[:1]}: training does not compute with it"
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in seen.values()})
+    return tensors, folded, {"modules": len(tensors), "equal": len(seen), "dtype": ", ".join(dtypes)}
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view({4: torch.int32, 2: torch.int16}[x.element_size()])
