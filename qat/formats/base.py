@@ -23,6 +23,17 @@ from qat.numerics.recipe import Recipe
 
 INDEX = "model.safetensors.index.json"
 CERTIFICATE = "verify.json"
+METADATA = {"format": "pt"}
+STORED = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.int64: "I64",
+}
+ORDER = list(STORED)  # safetensors lays tensors out from the last of these dtypes to the first, then by name
 T = TypeVar("T")
 
 
@@ -136,7 +147,7 @@ class Reader:
         """The stored dtype of a tensor, by its torch name, read from the header alone."""
         with safe_open(self.files[name], framework="pt") as handle:
             stored = handle.get_slice(name).get_dtype()
-        return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(stored, stored)
+        return next((str(dtype).removeprefix("torch.") for dtype, name in STORED.items() if name == stored), stored)
 
     def plain(self, name: str) -> Tensor:
         """An unquantized tensor, checked."""
@@ -225,9 +236,20 @@ def write_directory(
         model.generation_config.save_pretrained(part)
     if tokenizer is not None:
         tokenizer.save_pretrained(part)
-    save_torch_state_dict(dict(state), part, metadata={"format": "pt"}, max_shard_size="50GB")
+    save_torch_state_dict(dict(state), part, metadata=METADATA, max_shard_size="50GB")
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)
+
+
+def file_bytes(state: Mapping[str, Tensor]) -> int:
+    """Size of the safetensors file that `write_directory` makes of these tensors, if it fits one shard."""
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    end = 0
+    for name in sorted(state, key=lambda n: (-ORDER.index(state[n].dtype), n)):
+        begin, end = end, end + state[name].numel() * state[name].element_size()
+        header[name] = {"dtype": STORED[state[name].dtype], "shape": [*state[name].shape], "data_offsets": [begin, end]}
+    size = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + -(-size // 8) * 8 + end
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -1,0 +1,156 @@
+"""The arms of a comparison: each is quantized, judged and measured in the same way."""
+
+import copy
+import gc
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat.cli.exporting import export, references
+from qat.cli.meter import Meter
+from qat.cli.workbench import Workbench
+from qat.evaluation.divergence import Scores, evaluate, mean, standard_error
+from qat.formats import compressed_tensors
+from qat.formats.base import file_bytes, unquantized_state
+from qat.nn.estimators import Estimator
+from qat.nn.fake_quantize import kept
+from qat.nn.observers.base import Observer
+from qat.numerics.qtensor import QuantizedTensor
+from qat.surgery.convert import apply
+from qat.surgery.prepare import prepare
+from qat.surgery.walk import Changes
+from qat.training.certify import certify
+from qat.training.fit import Training, fit, precision
+from qat.training.losses import Loss
+from qat.training.optim import Optim
+
+Arm = dict[str, Any]
+
+
+def full_precision_arm(bench: Workbench) -> Arm:
+    """The model as it came, rounded to the storage dtype."""
+    meter = Meter(bench.device)
+    scores = evaluate(bench.judged, bench.windows, None, bench.config["evaluation"]["batch_size"])
+    size = file_bytes(unquantized_state(bench.model, {}, {}, bench.dtype))
+    bits = bench.dtype.itemsize * 8
+    return judged(bench, scores, None, size, bits, bits, meter.read(), [])
+
+
+def ptq_arm(bench: Workbench, name: str, method: Mapping[str, Any], fp: Arm) -> tuple[Arm, Changes]:
+    """One post-training method, resumable block by block."""
+    meter = Meter(bench.device)
+    call: Callable[..., Changes] = instantiate(method, _convert_="all")
+    store = bench.run.path / "checkpoints" / name
+    batches = bench.calibration
+    changes = call(bench.judged, bench.recipe, batches, dtype=bench.dtype, store=store, progress=_progress(name))
+    spent = meter.read()
+    arm = _arm(bench, changes.tensors, changes.folded, fp, spent, [r for r in changes.layers if r.get("fallback")])
+    return arm, changes
+
+
+def qat_arm(bench: Workbench, fp: Arm, loggers: list[Any]) -> tuple[Arm, dict[str, Any], dict[str, Any]]:
+    """Trains, certifies, exports and judges the reloaded file.
+
+    Returns:
+        The arm, `summary["export"]`, and what training cost.
+    """
+    config, meter = bench.config, Meter(bench.device)
+    loss: Loss = bench.build("loss")
+    optim: Optim = bench.build("optim")
+    observer: Observer = bench.build("observer")
+    estimator: Estimator = bench.build("estimator")
+    student = copy.deepcopy(bench.model).to(bench.device)
+    prepare(student, bench.recipe, observer, estimator, bench.dtype, optim.train_embeddings)
+    training = Training(seq_len=config["data"]["seq_len"], seed=config["seed"], **config["trainer"])
+    callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
+    module, cost = fit(
+        student,
+        bench.judged if loss.kl else None,
+        bench.tokens,
+        training,
+        loss,
+        bench.build("schedule"),
+        optim,
+        bench.run.path,
+        bench.device,
+        loggers,
+        callbacks,
+    )
+    tensors, folded, captured = certify(
+        module, [p[None] for p in bench.prompts], precision(training.precision, bench.device)
+    )
+    with kept(student):
+        sequences = references(bench, student.eval())
+    spent = meter.read()
+    del module, student
+    gc.collect()  # Lightning's objects refer to each other: optimizer states would live on
+    outcome = export(bench, "qat", tensors, folded, sequences, captured)
+    checkpoint = compressed_tensors.load(outcome["path"])
+    arm = _arm(bench, dict(checkpoint.tensors), dict(checkpoint.plain), fp, spent, [])
+    return arm, outcome, cost
+
+
+def _arm(
+    bench: Workbench,
+    tensors: Mapping[str, QuantizedTensor],
+    folded: Mapping[str, Tensor],
+    fp: Arm,
+    spent: dict[str, Any],
+    fallbacks: list[dict[str, Any]],
+) -> Arm:
+    graph: PreTrainedModel = apply(bench.judged, dict(tensors), dict(folded))
+    scores = evaluate(graph, bench.windows, bench.judged, bench.config["evaluation"]["batch_size"])
+    size = file_bytes(compressed_tensors.state(bench.model, tensors, folded, bench.dtype))
+    count = sum(t.codes.numel() for t in tensors.values())
+    bits = sum(t.bits for t in tensors.values()) / count
+    whole = bench.plan.bits_per_weight(bench.dtype.itemsize * 8)
+    return judged(bench, scores, fp, size, whole, bits, spent, fallbacks)
+
+
+def judged(
+    bench: Workbench,
+    scores: Scores,
+    fp: Arm | None,
+    size: int,
+    bits_per_weight: float,
+    bits_per_quantized_weight: float,
+    spent: dict[str, Any],
+    fallbacks: list[dict[str, Any]],
+) -> Arm:
+    """One entry of `summary["arms"]`.
+
+    Raises:
+        ValueError: The model's logits are not finite on the test windows.
+    """
+    nll = mean(scores.nll, scores.tokens)
+    if not math.isfinite(nll):
+        raise ValueError("the model's logits are not finite on the test windows; nothing can be judged")
+    paired = None if fp is None else torch.tensor(fp["windows"]["nll"], dtype=torch.float64)
+    return {
+        "ppl": math.exp(nll),
+        "nll": nll,
+        "nll_se": standard_error(scores.nll, scores.tokens, paired),
+        "tokens": scores.tokens * len(scores.nll),
+        "kl": 0.0 if scores.kl is None else mean(scores.kl, scores.tokens),
+        "top1_agree": 1.0 if scores.agree is None else mean(scores.agree, scores.tokens),
+        "bits_per_weight": bits_per_weight,
+        "bits_per_quantized_weight": bits_per_quantized_weight,
+        "bytes": size,
+        **spent,
+        "seed": bench.config["seed"],
+        "fallbacks": [row["name"] for row in fallbacks],
+        "windows": {"nll": scores.nll.tolist(), "kl": None if scores.kl is None else scores.kl.tolist()},
+    }
+
+
+def _progress(name: str) -> Callable[[int, int], None]:
+    def show(done: int, blocks: int) -> None:
+        if done == blocks or done % max(blocks // 5, 1) == 0:
+            print(f"  {name}: block {done}/{blocks}", flush=True)
+
+    return show

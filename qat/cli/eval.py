@@ -1,0 +1,64 @@
+"""qat eval: a checkpoint on held-out windows, beside the full precision of a run."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.utils import instantiate
+
+from qat.cli.devices import by_device
+from qat.cli.rundir import export_of, find
+from qat.cli.workbench import cast, pick_device, quiet
+from qat.data.text import prepare
+from qat.evaluation.divergence import evaluate, mean, standard_error
+from qat.formats import compressed_tensors
+from qat.models import hf
+from qat.surgery.convert import apply
+
+
+def main(config: dict[str, Any]) -> int:
+    """Prints one JSON object, and appends it to the run's `evaluations.jsonl`."""
+    quiet()
+    run = find(config["runs"], config["run"])
+    path = Path(config["path"]).expanduser() if config["path"] else export_of(config["runs"], config["run"])
+    device = pick_device(config["device"])
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    settings = by_device(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")), device.type)
+    sizes = settings["evaluation"] | {key: value for key, value in config["evaluation"].items() if value is not None}
+    checkpoint = compressed_tensors.load(path)
+    named = settings["model"]
+    storage = getattr(torch, settings["export"]["dtype"])
+    model, tokenizer = hf.load(named["name"], named["path"], named["revision"], storage)
+    if model.config.vocab_size != checkpoint.config["vocab_size"]:
+        raise ValueError(f"{path}: vocabulary {checkpoint.config['vocab_size']}, the run's {model.config.vocab_size}")
+    source = instantiate(settings["data"]["source"], _convert_="all")
+    tokens = prepare(source, tokenizer, settings["data"]["path"])
+    windows = tokens.windows(config["split"], sizes["seq_len"], sizes["windows"])
+    if device.type == "cuda":
+        model = cast(model, torch.bfloat16).to(device)
+    graph = apply(model, dict(checkpoint.tensors), dict(checkpoint.plain))
+    scores = evaluate(graph, windows, model, sizes["batch_size"])
+    assert scores.kl is not None
+    assert scores.agree is not None
+    nll = mean(scores.nll, scores.tokens)
+    row = {
+        "path": str(path),
+        "split": config["split"],
+        "data": tokens.fingerprint,
+        "dtype": "float32" if device.type == "cpu" else "bfloat16",
+        "seq_len": sizes["seq_len"],
+        "tokens": scores.tokens * len(scores.nll),
+        "ppl": math.exp(nll),
+        "nll": nll,
+        "kl": mean(scores.kl, scores.tokens),
+        "kl_se": standard_error(scores.kl, scores.tokens),
+        "top1_agree": mean(scores.agree, scores.tokens),
+    }
+    with (run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
+    return 0

@@ -1,0 +1,80 @@
+"""An arm becomes a checkpoint with a certificate."""
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qat.cli.rundir import versions
+from qat.cli.workbench import Workbench
+from qat.evaluation import reference
+from qat.evaluation.reference import Sequence
+from qat.evaluation.verify import issue, verify
+from qat.formats import compressed_tensors
+from qat.formats.base import unquantized_state
+from qat.numerics.qtensor import QuantizedTensor
+
+FORMATS = {"compressed_tensors": compressed_tensors}
+
+
+def references(bench: Workbench, graph: PreTrainedModel) -> list[Sequence]:
+    """Reference logits of a graph on the configured prompts."""
+    tokens = bench.config["certificate"]["new_tokens"]
+    return [reference.decode(graph, prompt, tokens) for prompt in bench.prompts]
+
+
+def export(
+    bench: Workbench,
+    arm: str,
+    tensors: Mapping[str, QuantizedTensor],
+    folded: Mapping[str, Tensor],
+    sequences: list[Sequence],
+    captured: Any,
+) -> dict[str, Any]:
+    """Writes the checkpoint of an arm, issues its certificate and checks it.
+
+    Args:
+        bench: The workbench.
+        arm: Name of the arm.
+        tensors: What its method or `convert` returned.
+        folded: Likewise.
+        sequences: Reference logits of its graph.
+        captured: What was captured of the training graph, or why nothing was.
+
+    Returns:
+        `summary["export"]`.
+    """
+    name = bench.config["format"]["name"]
+    path = bench.run.path / "export" / name
+    path.parent.mkdir(exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    FORMATS[name].save(path, bench.model, bench.recipe, tensors, folded, bench.tokenizer, bench.dtype)
+    device = "cuda" if bench.device.type == "cuda" else "cpu"
+    facts = {
+        "arm": arm,
+        "model": bench.config["model"]["name"],
+        "device": bench.run.facts["device"],
+        "storage_dtype": bench.config["export"]["dtype"],
+        "captured": captured,
+        "versions": versions(),
+    }
+    issue(path, tensors, unquantized_state(bench.model, tensors, folded, bench.dtype), sequences, facts)
+    return outcome(str(path), verify(path, device))
+
+
+def outcome(path: str, certificate: dict[str, Any]) -> dict[str, Any]:
+    """A certificate in the words of `summary.json`."""
+    checks = certificate["checks"]
+    weights = [c for name, c in checks.items() if name in ("compressed_tensors", "transformers_default")]
+    engine = checks.get("engine", {})
+    return {
+        "path": path,
+        "verified": certificate["verified"],
+        "codes_equal": checks.get("tensors", {}).get("passed"),
+        "weights_equal": all(check["passed"] for check in weights),
+        "max_abs_logit_diff": engine.get("max_abs_logit_diff"),
+        "greedy_equal": engine.get("greedy_equal") == engine.get("prompts") if engine else None,
+        "fast_path": checks.get("fast_path"),
+    }

@@ -1,0 +1,114 @@
+"""qat run: full precision, every PTQ arm, QAT; export, verify, generate. Resumed by arm, by step and by block."""
+
+from typing import Any
+
+from rich.console import Console
+
+from qat.cli import tracking
+from qat.cli.arms import full_precision_arm, ptq_arm, qat_arm
+from qat.cli.exporting import export, references
+from qat.cli.meter import Meter
+from qat.cli.workbench import Workbench, open_workbench
+from qat.evaluation.recovered import recovered
+from qat.report.tables import arms_table, export_lines, recovered_lines, warnings
+from qat.surgery.convert import apply
+from qat.training.loggers import wandb_logger
+
+TRAINED = "qat"
+
+
+def main(config: dict[str, Any]) -> int:
+    """`qat run`, and by their configs `qat train` and `qat ptq`: the same road with fewer arms."""
+    bench = open_workbench(config)
+    meter = Meter(bench.device)
+    methods = dict(bench.config.get("arms") or {})
+    if "method" in bench.config:
+        methods[bench.config["choices"]["method"]] = bench.config["method"]
+    trains = bench.config["verb"] != "ptq"
+    _introduce(bench)
+    if bench.config["dry_run"]:
+        bench.run.finish()
+        return 0
+    summary = bench.run.read("summary.json") or {"arms": {}}
+    wandb_run = tracking.open_run(bench.config, bench.run.path, bench.run.path.name)
+    try:
+        _arms(bench, summary, methods, trains, wandb_run)
+        _conclude(bench, summary, meter)
+    finally:
+        tracking.close(wandb_run, summary)
+    bench.run.finish()
+    return 0
+
+
+def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], trains: bool, wandb_run: Any) -> None:
+    arms = summary["arms"]
+    if "fp" not in arms:
+        say("fp: full precision")
+        arms["fp"] = full_precision_arm(bench)
+        bench.run.write("summary.json", summary)
+    for name, method in methods.items():
+        if name in arms and (trains or "export" in summary):
+            continue
+        say(f"{name}: {_shown(method)}")
+        arms[name], changes = ptq_arm(bench, name, method, arms["fp"])
+        bench.run.write("summary.json", summary)
+        if not trains:
+            graph = apply(bench.model, changes.tensors, changes.folded).to(bench.device)
+            captured = "not applicable: a post-training method has no training graph"
+            sequences = references(bench, graph)
+            summary["export"] = export(bench, name, changes.tensors, changes.folded, sequences, captured)
+    if trains and (TRAINED not in arms or "export" not in summary):
+        say(f"{TRAINED}: {bench.config['trainer']['max_steps']} steps on {bench.config['choices']['loss']}")
+        loggers = [] if wandb_run is None else [wandb_logger(wandb_run)]
+        arms[TRAINED], summary["export"], summary["cost"] = qat_arm(bench, arms["fp"], loggers)
+    if TRAINED in arms:
+        reference = "fp" if bench.config["loss"]["kl"] else "ft_fp"
+        if reference in arms:
+            summary["recovered"] = recovered(arms, TRAINED, reference)
+    bench.run.write("summary.json", summary)
+
+
+def _introduce(bench: Workbench) -> None:
+    what = "resumed" if bench.run.resumed else "new"
+    say(f"run directory: {bench.run.path} ({what})")
+    tokens = {split: len(stream) for split, stream in bench.tokens.streams.items()}
+    seq_len, judged = bench.windows.shape[1], bench.windows.numel()
+    calibrated = sum(batch.numel() for batch in bench.calibration)
+    say(f"device {bench.run.facts['device']}, data {bench.tokens.path.name} {tokens}")
+    say(f"calibration {calibrated} tokens, judged on {judged} test tokens in windows of {seq_len}\n")
+    print(bench.plan, flush=True)
+
+
+def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
+    from qat.cli.generate import continuations
+    from qat.report.plots import draw
+
+    console = Console(soft_wrap=True)
+    dtype = "fp32" if bench.device.type == "cpu" else "bf16"
+    console.print(arms_table(summary["arms"], f"\n{bench.config['choices']['recipe']}, judged in {dtype}"))
+    for line in [*recovered_lines(summary.get("recovered", {})), "", *export_lines(summary["export"])]:
+        say(line)
+    summary["warnings"] = warnings(summary)
+    for line in summary["warnings"]:
+        say(f"WARNING: {line}")
+    say("\nThe packed model continues:")
+    summary["continuations"] = continuations(summary["export"]["path"], bench.config)
+    for prompt, text in summary["continuations"].items():
+        say(f"  {prompt!r} -> {text!r}")
+    spent = meter.read()
+    summary["cost"] = summary.get("cost", {}) | {f"run_{key}": value for key, value in spent.items()}
+    bench.run.write("summary.json", summary)
+    for file in draw([bench.run.path], bench.run.path / "plots"):
+        say(f"plot: {file}")
+    say(f"\n{spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU s. Next:")
+    for command in ("qat chat run=latest", "qat serve run=latest", "qat compare runs/latest", "qat verify run=latest"):
+        say(f"  {command}")
+
+
+def say(text: str) -> None:
+    """One line to the user, at once."""
+    print(text, flush=True)
+
+
+def _shown(method: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in method.items() if not k.startswith("_") and not isinstance(v, dict))

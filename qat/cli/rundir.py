@@ -1,0 +1,188 @@
+"""The run directory: fixed by the parent process, resumed if unfinished, never used by two processes at once.
+
+runs/<experiment>/<time>-<id>/{config.yaml, run.json, metrics.jsonl, summary.json, checkpoints/, export/, plots/}
+runs/latest -> the newest
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = ("qat", "torch", "transformers", "pytorch-lightning", "compressed-tensors", "datasets", "wandb", "triton")
+NOT_NUMERIC = ("runs", "resume", "dry_run", "logger")  # keys that a resumed run may change
+
+
+class RunDir:
+    """One run's directory, locked by this process for as long as it lives.
+
+    Attributes:
+        path: Absolute.
+        resumed: Whether an unfinished run goes on here.
+    """
+
+    def __init__(self, path: Path, lock: Any, resumed: bool):
+        self.path, self._lock, self.resumed = path, lock, resumed
+
+    @classmethod
+    def open(cls, config: dict[str, Any]) -> "RunDir":
+        """Finds the run to go on with, as `resume` says, or makes a new one.
+
+        Raises:
+            ValueError: `resume` names a directory that is no run, is in use, or has another configuration.
+            OSError: The directory cannot be written.
+        """
+        root = Path(config["runs"]).expanduser().absolute()
+        experiment = config["choices"].get("experiment") or config["verb"]
+        sha = config_sha(config)
+        wanted = config["resume"]
+        if wanted not in ("auto", "never"):
+            return cls._resume(Path(wanted).expanduser().absolute(), sha, explicit=True)
+        if wanted == "auto":
+            for path in sorted((root / experiment).glob("*-*"), reverse=True):
+                state = _read(path / "run.json")
+                if state.get("config_sha") == sha and state.get("status") != "finished" and (lock := _lock(path)):
+                    return cls(path, lock, resumed=True)
+        path = root / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        path.mkdir(parents=True)
+        lock = _lock(path)
+        assert lock is not None, "a new directory is nobody's"
+        link = root / f".latest.{os.getpid()}"
+        link.symlink_to(path.relative_to(root))
+        link.replace(root / "latest")
+        return cls(path, lock, resumed=False)
+
+    @classmethod
+    def _resume(cls, path: Path, sha: str, explicit: bool) -> "RunDir":
+        state = _read(path / "run.json")
+        if not state:
+            raise ValueError(f"resume={path}: no run directory (it has no run.json)")
+        if state.get("status") == "finished":
+            raise ValueError(f"resume={path}: this run is finished; start a new one with resume=never")
+        if state["config_sha"] != sha:
+            raise ValueError(f"resume={path}: it was started with another configuration; see its config.yaml")
+        if (lock := _lock(path)) is None:
+            raise ValueError(f"resume={path}: in use by another process")
+        return cls(path, lock, resumed=True)
+
+    def start(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Writes config.yaml and run.json."""
+        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        before = _read(self.path / "run.json")
+        run = {
+            "argv": sys.argv,
+            "status": "running",
+            "config_sha": config_sha(config),
+            "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "resumed": before.get("resumed", -1) + 1,
+            "git": git(),
+            "versions": versions(),
+            "host": {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count()},
+            **facts,
+        }
+        self.write("run.json", run)
+
+    def finish(self) -> None:
+        """Marks the run finished: nothing resumes it."""
+        self.write("run.json", _read(self.path / "run.json") | {"status": "finished"})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds."""
+        return _read(self.path / "run.json")
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON object of the run; empty if there is none."""
+        return _read(self.path / name)
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Replaces a JSON file, whole or not at all."""
+        part = self.path / f".{name}.part"
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        part.replace(self.path / name)
+
+
+def find(runs: str, run: str) -> Path:
+    """The directory of a run: `latest`, or a path.
+
+    Raises:
+        ValueError: There is no such run.
+    """
+    path = Path(runs).expanduser() / "latest" if run == "latest" else Path(run).expanduser()
+    if not (path / "run.json").is_file():
+        raise ValueError(
+            f"run={run}: no run at {path}; start one with `qat run experiment=quickstart`, or name another"
+        )
+    return path.resolve()
+
+
+def export_of(runs: str, run: str) -> Path:
+    """The exported checkpoint of a run.
+
+    Raises:
+        ValueError: There is no such run, or it has not come to exporting.
+    """
+    path = find(runs, run)
+    found = sorted(path.glob("export/*/config.json"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError(f"run={run}: {path} has no export yet; repeat its command to finish it")
+    return found[-1].parent
+
+
+def config_sha(config: dict[str, Any]) -> str:
+    """SHA-256 of everything in a resolved config that can change a number."""
+    content = {key: value for key, value in config.items() if key not in NOT_NUMERIC}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose numerics matter."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git() -> dict[str, Any] | None:
+    """Commit of the source tree and whether it has changes; None outside of a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        calls = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
+        sha, status = (
+            subprocess.run(c, cwd=root, capture_output=True, text=True, timeout=10, check=True) for c in calls
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"sha": sha.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _lock(path: Path) -> Any | None:
+    """An open file whose lock dies with the process; None if another process holds it."""
+    file = (path / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

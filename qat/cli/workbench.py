@@ -1,0 +1,157 @@
+"""What every verb that makes a checkpoint needs first: device, model, tokens, recipe, run directory."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from pytorch_lightning import seed_everything
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qat.cli.devices import by_device
+from qat.cli.rundir import RunDir
+from qat.data.calibration import calibration
+from qat.data.text import Tokens, prepare
+from qat.formats import compressed_tensors
+from qat.models import hf
+from qat.numerics.recipe import Recipe
+from qat.surgery.convert import apply
+from qat.surgery.match import Plan, match
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Everything that an arm works on; nothing on it changes while arms come and go.
+
+    Attributes:
+        config: The resolved config.
+        run: The run directory.
+        device: Where arms compute.
+        dtype: Storage dtype of the export.
+        model: Full precision: fp32 parameters with values of the storage dtype, on the CPU.
+        tokenizer: Its tokenizer.
+        tokens: Prepared data.
+        recipe: Module name to scheme.
+        plan: The recipe on this model.
+        windows: Test windows, int64 `[n, seq_len]`.
+        calibration: Calibration batches, of the train split.
+    """
+
+    config: dict[str, Any]
+    run: RunDir
+    device: torch.device
+    dtype: torch.dtype
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokens: Tokens
+    recipe: Recipe
+    plan: Plan
+    windows: Tensor
+    calibration: list[Tensor]
+
+    @cached_property
+    def judged(self) -> PreTrainedModel:
+        """The full-precision model as arms are judged: fp32 on the CPU, bf16 parameters on a GPU."""
+        if self.device.type == "cpu":
+            return self.model
+        return cast(apply(self.model, {}, {}), torch.bfloat16).to(self.device)
+
+    @cached_property
+    def prompts(self) -> list[Tensor]:
+        """The certificate's prompts as token ids."""
+        return [torch.tensor(self.tokenizer(p, add_special_tokens=False)["input_ids"]) for p in self.config["prompts"]]
+
+    def build(self, *keys: str, **more: Any) -> Any:
+        """What a node of the config instantiates."""
+        node: Any = self.config
+        for key in keys:
+            node = node[key]
+        return instantiate(node, _convert_="all", **more)
+
+
+def quiet() -> None:
+    """Third parties speak only when something is wrong."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("pytorch_lightning", "lightning.pytorch", "transformers", "datasets", "compressed_tensors"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|torch\.utils")
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        ValueError: A GPU is asked for and there is none.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu")
+    return device
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Parameters in `dtype`; buffers, such as rotary frequencies, keep theirs."""
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = torch.nn.Parameter(parameter.to(dtype), requires_grad=False)
+    model.tie_weights()
+    return model
+
+
+def open_workbench(config: dict[str, Any]) -> Workbench:
+    """Loads everything, and opens the run directory once nothing can be wrong any more.
+
+    Raises:
+        ValueError: Model, data, recipe and sizes do not fit each other; names the setting to change.
+    """
+    quiet()
+    device = pick_device(config["device"])
+    config = by_device(config, device.type)
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    seed_everything(config["seed"], verbose=False)
+    dtype = getattr(torch, config["export"]["dtype"])
+    recipe: Recipe = instantiate(config["recipe"], _convert_="all")
+    named = config["model"]
+    model, tokenizer = hf.load(named["name"], named["path"], named["revision"], dtype)
+    plan = match(model, recipe)
+    for row in plan.rows:
+        if row.weight is not None:
+            compressed_tensors.check_scheme(row.name, row.weight, row.input)
+    limit = model.config.max_position_embeddings
+    for key in ("data", "calibration", "evaluation"):
+        if config[key]["seq_len"] > limit:
+            raise ValueError(f"{key}.seq_len={config[key]['seq_len']}: the model takes {limit} tokens at most")
+    source = instantiate(config["data"]["source"], _convert_="all")
+    tokens = prepare(source, tokenizer, config["data"]["path"])
+    test, calib = config["evaluation"], config["calibration"]
+    windows = tokens.windows("test", test["seq_len"], test["windows"])
+    batches = calibration(tokens, calib["samples"], calib["seq_len"], calib["batch_size"], calib["seed"])
+    run = RunDir.open(config)
+    bench = Workbench(config, run, device, dtype, model, tokenizer, tokens, recipe, plan, windows, batches)
+    facts = {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "seed": config["seed"],
+        "data": {"path": str(tokens.path), "fingerprint": tokens.fingerprint},
+    }
+    bench.run.start(config, facts)
+    return bench
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
