@@ -15,13 +15,12 @@ from qat.cli.exporting import export, references
 from qat.cli.meter import Meter
 from qat.cli.workbench import Workbench
 from qat.evaluation.divergence import Scores, evaluate, mean, standard_error
+from qat.evaluation.reference import Sequence
 from qat.formats import compressed_tensors
 from qat.formats.base import file_bytes, unquantized_state
-from qat.nn.estimators import Estimator
 from qat.nn.fake_quantize import kept
-from qat.nn.observers.base import Observer
 from qat.numerics.qtensor import QuantizedTensor
-from qat.surgery.convert import apply
+from qat.surgery.convert import Folded, Tensors, apply
 from qat.surgery.prepare import prepare
 from qat.surgery.walk import Changes
 from qat.training.certify import certify
@@ -44,13 +43,17 @@ def full_precision_arm(bench: Workbench) -> Arm:
 def ptq_arm(bench: Workbench, name: str, method: Mapping[str, Any], fp: Arm) -> tuple[Arm, Changes]:
     """One post-training method, resumable block by block."""
     meter = Meter(bench.device)
+    changes = quantize(bench, name, method)
+    spent = meter.read()
+    fallbacks = [row for row in changes.layers if row.get("fallback")]
+    return _arm(bench, changes.tensors, changes.folded, fp, spent, fallbacks), changes
+
+
+def quantize(bench: Workbench, name: str, method: Mapping[str, Any]) -> Changes:
+    """What a post-training method finds; blocks that it finished before are taken from the run directory."""
     call: Callable[..., Changes] = instantiate(method, _convert_="all")
     store = bench.run.path / "checkpoints" / name
-    batches = bench.calibration
-    changes = call(bench.judged, bench.recipe, batches, dtype=bench.dtype, store=store, progress=_progress(name))
-    spent = meter.read()
-    arm = _arm(bench, changes.tensors, changes.folded, fp, spent, [r for r in changes.layers if r.get("fallback")])
-    return arm, changes
+    return call(bench.judged, bench.recipe, bench.calibration, dtype=bench.dtype, store=store, progress=_progress(name))
 
 
 def qat_arm(bench: Workbench, fp: Arm, loggers: list[Any]) -> tuple[Arm, dict[str, Any], dict[str, Any]]:
@@ -59,40 +62,48 @@ def qat_arm(bench: Workbench, fp: Arm, loggers: list[Any]) -> tuple[Arm, dict[st
     Returns:
         The arm, `summary["export"]`, and what training cost.
     """
-    config, meter = bench.config, Meter(bench.device)
+    meter = Meter(bench.device)
+    tensors, folded, sequences, captured, cost = train(bench, loggers)
+    spent = meter.read()
+    outcome = export(bench, "qat", tensors, folded, sequences, captured)
+    checkpoint = compressed_tensors.load(outcome["path"])
+    return _arm(bench, dict(checkpoint.tensors), dict(checkpoint.plain), fp, spent, []), outcome, cost
+
+
+def train(
+    bench: Workbench, loggers: list[Any]
+) -> tuple[Tensors, Folded, list[Sequence], dict[str, Any], dict[str, Any]]:
+    """Trains from wherever a checkpoint left off, and certifies: codes, changed tensors, reference, evidence, cost."""
+    config = bench.config
     loss: Loss = bench.build("loss")
     optim: Optim = bench.build("optim")
-    observer: Observer = bench.build("observer")
-    estimator: Estimator = bench.build("estimator")
     student = copy.deepcopy(bench.model).to(bench.device)
-    prepare(student, bench.recipe, observer, estimator, bench.dtype, optim.train_embeddings)
+    prepare(
+        student, bench.recipe, bench.build("observer"), bench.build("estimator"), bench.dtype, optim.train_embeddings
+    )
     training = Training(seq_len=config["data"]["seq_len"], seed=config["seed"], **config["trainer"])
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
+    teacher, schedule = bench.judged if loss.kl else None, bench.build("schedule")
     module, cost = fit(
         student,
-        bench.judged if loss.kl else None,
+        teacher,
         bench.tokens,
         training,
         loss,
-        bench.build("schedule"),
+        schedule,
         optim,
         bench.run.path,
         bench.device,
         loggers,
         callbacks,
     )
-    tensors, folded, captured = certify(
-        module, [p[None] for p in bench.prompts], precision(training.precision, bench.device)
-    )
+    prompts = [prompt[None] for prompt in bench.prompts]
+    tensors, folded, captured = certify(module, prompts, precision(training.precision, bench.device))
     with kept(student):
         sequences = references(bench, student.eval())
-    spent = meter.read()
     del module, student
     gc.collect()  # Lightning's objects refer to each other: optimizer states would live on
-    outcome = export(bench, "qat", tensors, folded, sequences, captured)
-    checkpoint = compressed_tensors.load(outcome["path"])
-    arm = _arm(bench, dict(checkpoint.tensors), dict(checkpoint.plain), fp, spent, [])
-    return arm, outcome, cost
+    return tensors, folded, sequences, captured, cost
 
 
 def _arm(

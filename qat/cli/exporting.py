@@ -1,7 +1,7 @@
 """An arm becomes a checkpoint with a certificate."""
 
-import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +32,7 @@ def export(
     folded: Mapping[str, Tensor],
     sequences: list[Sequence],
     captured: Any,
+    path: Path | None = None,
 ) -> dict[str, Any]:
     """Writes the checkpoint of an arm, issues its certificate and checks it.
 
@@ -42,14 +43,13 @@ def export(
         folded: Likewise.
         sequences: Reference logits of its graph.
         captured: What was captured of the training graph, or why nothing was.
+        path: Directory to write; None: `export/<format>` in the run.
 
     Returns:
         `summary["export"]`.
     """
     name = bench.config["format"]["name"]
-    path = bench.run.path / "export" / name
-    path.parent.mkdir(exist_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    path = path or bench.run.path / "export" / name
     FORMATS[name].save(path, bench.model, bench.recipe, tensors, folded, bench.tokenizer, bench.dtype)
     device = "cuda" if bench.device.type == "cuda" else "cpu"
     facts = {

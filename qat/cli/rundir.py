@@ -75,6 +75,17 @@ class RunDir:
             raise ValueError(f"resume={path}: in use by another process")
         return cls(path, lock, resumed=True)
 
+    @classmethod
+    def existing(cls, path: Path) -> "RunDir":
+        """A run directory as it is, locked.
+
+        Raises:
+            ValueError: Another process works in it.
+        """
+        if (lock := _lock(path)) is None:
+            raise ValueError(f"run={path}: in use by another process; wait for it to end")
+        return cls(path, lock, resumed=True)
+
     def start(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
         """Writes config.yaml and run.json."""
         (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

@@ -107,8 +107,12 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def open_workbench(config: dict[str, Any]) -> Workbench:
+def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workbench:
     """Loads everything, and opens the run directory once nothing can be wrong any more.
+
+    Args:
+        config: A composed config.
+        run: The run directory, where it is known already and stays as it is; None: found or made as `resume` says.
 
     Raises:
         ValueError: Model, data, recipe and sizes do not fit each other; names the setting to change.
@@ -127,16 +131,16 @@ def open_workbench(config: dict[str, Any]) -> Workbench:
     for row in plan.rows:
         if row.weight is not None:
             compressed_tensors.check_scheme(row.name, row.weight, row.input)
+    test, calib = config["evaluation"], config["calibration"]
     limit = model.config.max_position_embeddings
     for key in ("data", "calibration", "evaluation"):
         if config[key]["seq_len"] > limit:
             raise ValueError(f"{key}.seq_len={config[key]['seq_len']}: the model takes {limit} tokens at most")
-    source = instantiate(config["data"]["source"], _convert_="all")
-    tokens = prepare(source, tokenizer, config["data"]["path"])
-    test, calib = config["evaluation"], config["calibration"]
+    tokens = prepare(instantiate(config["data"]["source"], _convert_="all"), tokenizer, config["data"]["path"])
     windows = tokens.windows("test", test["seq_len"], test["windows"])
     batches = calibration(tokens, calib["samples"], calib["seq_len"], calib["batch_size"], calib["seed"])
-    run = RunDir.open(config)
+    known = run is not None
+    run = run or RunDir.open(config)
     bench = Workbench(config, run, device, dtype, model, tokenizer, tokens, recipe, plan, windows, batches)
     facts = {
         "device": device_name(device),
@@ -144,7 +148,8 @@ def open_workbench(config: dict[str, Any]) -> Workbench:
         "seed": config["seed"],
         "data": {"path": str(tokens.path), "fingerprint": tokens.fingerprint},
     }
-    bench.run.start(config, facts)
+    if not known:
+        run.start(config, facts)
     return bench
 
 

@@ -221,6 +221,7 @@ def write_directory(
     """Writes config, generation config, tokenizer (chat template included) and safetensors; whole or not at all."""
     if path.exists() and any(path.iterdir()) and "quantization_config" not in read_json(path / "config.json"):
         raise ValueError(f"{path}: holds something other than an earlier export; name an empty or new directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

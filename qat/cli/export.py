@@ -1,0 +1,42 @@
+"""qat export: an arm of a run as a checkpoint with a certificate, from what the run kept; nothing is searched again."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.cli.arms import quantize, train
+from qat.cli.exporting import export, references
+from qat.cli.rundir import RunDir, find
+from qat.cli.workbench import open_workbench
+from qat.report.tables import export_lines
+from qat.surgery.convert import apply
+
+
+def main(config: dict[str, Any]) -> int:
+    """Exit 0 only if the export is verified."""
+    path = find(config["runs"], config["run"])
+    settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) | {"format": config["format"]}
+    methods = dict(settings.get("arms") or {})
+    if "method" in settings:
+        methods[settings["choices"]["method"]] = settings["method"]
+    arm = config["arm"] or ("qat" if settings["verb"] != "ptq" else settings["choices"]["method"])
+    if arm != "qat" and arm not in methods:
+        raise ValueError(f"arm={arm}: the run has {', '.join(['qat', *methods])}")
+    if arm == "qat" and not list(path.glob("checkpoints/step=*.ckpt")):
+        raise ValueError(f"arm=qat: {path} has no training checkpoint; its arms are {', '.join(methods) or 'none'}")
+    bench = open_workbench(settings, RunDir.existing(path))
+    captured: Any
+    if arm == "qat":
+        tensors, folded, sequences, captured, _ = train(bench, [])
+    else:
+        changes = quantize(bench, arm, methods[arm])
+        tensors, folded = changes.tensors, changes.folded
+        sequences = references(bench, apply(bench.model, tensors, folded).to(bench.device))
+        captured = "not applicable: a post-training method has no training graph"
+    out = Path(config["out"]).expanduser() if config["out"] else path / "export" / f"{arm}-{config['format']['name']}"
+    outcome = export(bench, arm, tensors, folded, sequences, captured, out)
+    print(out)
+    for line in export_lines(outcome):
+        print(line)
+    return 0 if outcome["verified"] else 1
