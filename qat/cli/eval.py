@@ -36,7 +36,7 @@ def main(config: dict[str, Any]) -> int:
     if model.config.vocab_size != checkpoint.config["vocab_size"]:
         raise ValueError(f"{path}: vocabulary {checkpoint.config['vocab_size']}, the run's {model.config.vocab_size}")
     source = instantiate(settings["data"]["source"], _convert_="all")
-    tokens = prepare(source, tokenizer, settings["data"]["path"])
+    tokens = prepare(source, tokenizer, hf.cache_dir() / "tokens", settings["data"]["path"])
     windows = tokens.windows(config["split"], sizes["seq_len"], sizes["windows"])
     if device.type == "cuda":
         model = cast(model, torch.bfloat16).to(device)

@@ -136,7 +136,12 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
     for key in ("data", "calibration", "evaluation"):
         if config[key]["seq_len"] > limit:
             raise ValueError(f"{key}.seq_len={config[key]['seq_len']}: the model takes {limit} tokens at most")
-    tokens = prepare(instantiate(config["data"]["source"], _convert_="all"), tokenizer, config["data"]["path"])
+    tokens = prepare(
+        instantiate(config["data"]["source"], _convert_="all"),
+        tokenizer,
+        hf.cache_dir() / "tokens",
+        config["data"]["path"],
+    )
     windows = tokens.windows("test", test["seq_len"], test["windows"])
     batches = calibration(tokens, calib["samples"], calib["seq_len"], calib["batch_size"], calib["seed"])
     known = run is not None

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qat.data.sources import SPLITS, Source
-from qat.models.hf import cache_dir
 
 BATCH = 256  # documents handed to the tokenizer at once
 
@@ -64,12 +63,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def prepare(source: Source, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> Tokens:
+def prepare(source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path, path: str | None = None) -> Tokens:
     """The tokens of a source, prepared now or found in the cache.
 
     Args:
         source: Where text comes from.
         tokenizer: Its eos ends each document.
+        cache: A directory in which prepared tokens are kept.
         path: A directory prepared earlier, here or elsewhere; the source is then not read.
 
     Raises:
@@ -90,7 +90,7 @@ def prepare(source: Source, tokenizer: PreTrainedTokenizerBase, path: str | None
 
     documents = source.documents(count)
     key = hashlib.sha256(json.dumps([type(source).__name__, asdict(source), digest, documents]).encode()).hexdigest()
-    target = cache_dir() / "tokens" / f"{type(source).__name__.lower()}-{key[:16]}"
+    target = cache / f"{type(source).__name__.lower()}-{key[:16]}"
     if not (target / "manifest.json").is_file():
         streams = {split: encode(documents[split], tokenizer) for split in SPLITS}
         if not len(streams["train"]):

@@ -1,4 +1,4 @@
-"""Perplexity against size, as PNG. matplotlib comes with the extra `report`; without it there is no plot, and no error."""
+"""Perplexity and KL against size, as PNG. matplotlib comes with the extra `report`; without it there is no plot."""
 
 import importlib.util
 from pathlib import Path
