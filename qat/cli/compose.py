@@ -83,6 +83,6 @@ def _unresolvable(node: DictConfig | ListConfig, path: str) -> list[tuple[str, s
 
 
 def _sentence(error: BaseException) -> str:
-    """Hydra's words, the cause's where Hydra has none, on one line; without its search path and its advice."""
-    text = str(error) or str(error.__cause__ or "") or type(error).__name__
+    """Hydra's words and the cause's on one line, without its search path and its advice."""
+    text = ": ".join(filter(None, (str(error), str(error.__cause__ or "").partition("\n")[0]))) or type(error).__name__
     return " ".join(re.split(r"(?:Config s|S)earch path:|Set the environment|See https", text)[0].split())

@@ -9,6 +9,7 @@ from qat.cli.problem import Problem
 from qat.numerics.granularity import PerTensor, PerToken
 from qat.numerics.recipe import Recipe, Rule
 
+LOSS_WEIGHTS = ("kl", "ce")
 RESERVED_ARMS = ("fp", "qat")
 
 
@@ -28,7 +29,7 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
 def loss(config: dict[str, Any]) -> Iterator[Problem]:
     """The weights of a loss: none negative, not all zero."""
     node = at(config, "loss")
-    parts = {key: value for key, value in node.items() if is_number(value)} if isinstance(node, dict) else {}
+    parts = {key: at(node, key) for key in LOSS_WEIGHTS if is_number(at(node, key))}
     for key, value in parts.items():
         if value < 0:
             yield Problem(f"loss.{key}", f"a weight of {value} would push away from the target; use 0 or more")

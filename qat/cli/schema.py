@@ -114,7 +114,7 @@ def _check_value(where: str, value: Any, node: Node, known: list[str]) -> Iterat
         yield Problem(where, "takes no _target_")
     elif isinstance(value, dict) and node.mappings:
         yield from _check(value, node, where, known)
-    elif node.mappings and not node.defaults:
+    elif node.mappings and kind(value) not in {kind(default) for default in node.defaults}:
         yield Problem(where, f"expected a mapping with {', '.join(node.children)}; found {describe(value)}")
     elif text := misfit(node.defaults, value):
         yield Problem(where, text)
@@ -136,7 +136,7 @@ def _unknown(where: str, key: str, schema: Node, known: list[str]) -> str:
     near = did_you_mean(key, schema.children)
     if not near:
         elsewhere = [path for path in known if path != where and path.rpartition(".")[2] == key]
-        near = f"; did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(where, set(known) - {where})
+        near = f"; did you mean {elsewhere[0]}?" if elsewhere else ""
     there = f" ({place.rstrip('.')} has: {', '.join(schema.children)})" if place else ""
     return f"no such key{near or there}"
 

@@ -49,11 +49,11 @@ def signature(target: str) -> Signature:
 
 
 def _class(module: str, node: ast.ClassDef) -> Signature:
-    if _has(node, "dataclass"):
-        return Signature({p.name: p for p in _fields(module, node)})
     for member in node.body:
         if isinstance(member, ast.FunctionDef) and member.name == "__init__":
             return _function(module, member, bound=True)
+    if _has(node, "dataclass"):
+        return Signature({p.name: p for p in _fields(module, node)})
     if any(isinstance(member, ast.FunctionDef) and member.name == "__new__" for member in node.body):
         return UNKNOWN
     bases = [base for base in node.bases if ast.unparse(base).split("[")[0] not in PLAIN_BASES]
@@ -70,7 +70,9 @@ def _fields(module: str, node: ast.ClassDef) -> Iterator[Parameter]:
             yield from _fields(found.module, found.node)
     for member in node.body:
         if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
-            if "ClassVar" in ast.unparse(member.annotation) or _keyword(member.value, "init") == "False":
+            if "ClassVar" in (kind := ast.unparse(member.annotation)) or "KW_ONLY" in kind:
+                continue
+            if _keyword(member.value, "init") == "False":
                 continue
             has_default = member.value is not None and (
                 not _is_field(member.value)

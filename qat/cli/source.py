@@ -179,6 +179,8 @@ def _names(module: str) -> Iterator[str]:
     for node in statements(module_tree(path).body) if path and path.suffix == ".py" else []:
         if isinstance(node, Definition):
             yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (name.id for name in node.targets if isinstance(name, ast.Name))
         elif isinstance(node, ast.ImportFrom):
             yield from (alias.asname or alias.name for alias in node.names)
 

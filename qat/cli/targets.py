@@ -61,7 +61,8 @@ def check_target(path: str, node: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(f"{path}._target_", f"{target} does not exist: {error}")
         return
     for word in sorted(key for key in node if key.startswith("_") and key not in WORDS):
-        yield Problem(f"{path}.{word}", f"not used here{did_you_mean(word, WORDS)}; arguments are given by name")
+        near = "; arguments are given by name" if word == "_args_" else did_you_mean(word, WORDS)
+        yield Problem(f"{path}.{word}", f"not used here{near}")
     for word in ("_partial_", "_recursive_"):
         if not isinstance(node.get(word, True), bool):
             yield Problem(f"{path}.{word}", "expected true or false")
