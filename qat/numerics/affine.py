@@ -31,14 +31,8 @@ def ranges(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds positive fp32 scales to `dtype`; one that underflows takes the dtype's smallest positive value.
-
-    Raises:
-        ValueError: A scale is not finite, before or after the rounding.
-    """
+    """Rounds positive fp32 scales to `dtype`; one that underflows takes the dtype's smallest positive value."""
     rounded = scale.to(dtype)
-    if not bool(torch.isfinite(rounded).all()):
-        raise ValueError(f"a scale is not finite in {dtype}: the tensor holds inf or NaN, or values beyond the dtype")
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     return torch.where(rounded == 0, torch.full_like(rounded, smallest), rounded)
 
@@ -69,6 +63,10 @@ def qparams(lo: Tensor, hi: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple
         span, steps = hi - lo, grid.steps
     empty = span == 0
     scale = round_scale(torch.where(empty, torch.ones_like(span), span / steps), scale_dtype(scheme, dtype))
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(
+            f"a scale is not finite in {scale.dtype}: the tensor holds inf, NaN or values beyond the dtype"
+        )
     if scheme.symmetric:
         return scale, None
     zero_point = torch.round(grid.qmin - lo / scale.float()).clamp(grid.qmin, grid.qmax)

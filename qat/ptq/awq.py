@@ -1,0 +1,304 @@
+"""AWQ (Lin et al., arXiv:2306.00978): scale up the input channels that activations make important, then round.
+
+Legend: O out-features, I in-features, T tokens. A scale s[I] multiplies the columns of some linears and divides the
+output channels of what feeds them, so the function stays. Deviations from the paper's code: the identity is always a
+candidate, so no mapping ends worse than round to nearest; where a norm absorbs 1/s, the scale is taken that the norm's
+*rounded* weight absorbs, so folding is exact in what is stored; the value-to-output mapping is served under
+grouped-query attention too, with scales shared by the heads that read one value head; clipping is judged by every
+token, through the Gram matrix of each group, not by a sample of them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qat.models.families import structure_of
+from qat.models.structure import Smoothing
+from qat.nn.observers.base import Observer
+from qat.numerics.affine import qparams, quantize, ranges
+from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.recipe import Recipe
+from qat.numerics.scheme import Scheme
+from qat.ptq.base import rows, targets
+from qat.surgery.match import match
+from qat.surgery.walk import Block, Changes, walk
+
+CLIP_EXEMPT = ("q_proj", "k_proj")  # their outputs meet in a softmax: an error of one alone says little
+CLIP_FACTORS = tuple(1 - i / 20 for i in range(10))
+
+
+@torch.no_grad()
+def awq(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    batches: list[Tensor],
+    *,
+    observer: Observer,
+    grid: int = 20,
+    duo_scaling: bool = True,
+    clip: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    store: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Changes:
+    """Searches scales block by block on the full-precision stream, folds them, and rounds to nearest.
+
+    Args:
+        model: A causal language model of a family that `models.families` knows; left as it is.
+        recipe: Module name to scheme.
+        batches: Calibration token ids, `[B, T]` each, without padding.
+        observer: Finds ranges of the scaled weights.
+        grid: Ratios between 0 and 1, both included, that are tried beside the identity.
+        duo_scaling: `s = x^r / w^(1-r)`, with the relative magnitude of weights as well; else `s = x^r` (the paper).
+        clip: Whether ranges are then clipped to what keeps each group's output best.
+        dtype: Storage dtype of scales and folded tensors.
+        store: See `walk`.
+        progress: See `walk`.
+
+    Returns:
+        Changes; `layers` has a row for each mapping with `loss`, `identity` (the loss of round to nearest), `ratio`
+        (None: the identity won), `fallback` (None) and `seconds`.
+
+    Raises:
+        ValueError: The family is not known, the recipe does not fit, or activations are not finite.
+    """
+    plan, structure = match(model, recipe), structure_of(model.config.model_type)
+    search = Search(observer, grid, duo_scaling, dtype)
+
+    def visit(block: Block) -> Changes:
+        schemes, changes = targets(block, plan), Changes()
+        weights = {name: block.module.get_parameter(f"{name}.weight").to(torch.float32, copy=True) for name in schemes}
+        heard = Heard.of(block, list(schemes), [s.inspect for s in structure.smoothings])
+        for smoothing in structure.smoothings:
+            if search.foldable(block, smoothing, weights):
+                row, scales = search.smooth(block, smoothing, schemes, weights, heard)
+                changes.layers.append(row)
+                if scales is not None:
+                    changes.folded |= fold(block, smoothing, weights, scales, dtype)
+                    heard.scale(smoothing.linears, scales)
+        for name, scheme in schemes.items():
+            gram = heard.grams.get(name) if clip and not name.endswith(CLIP_EXEMPT) else None
+            changes.tensors[f"{block.name}.{name}"] = _round(weights[name], scheme, observer, dtype, gram)
+        return changes
+
+    return walk(model, batches, structure.blocks, visit, False, recipe, store, progress)
+
+
+@dataclass
+class Heard:
+    """What one pass through a full-precision block says.
+
+    Attributes:
+        x_mean: Linear to the mean |x| of its in-features, fp32 `[I]`.
+        grams: Linear to x^T x / T, fp32 `[I, I]`.
+        calls: Inspected module to (args, kwargs, output) of each batch.
+    """
+
+    x_mean: dict[str, Tensor] = field(default_factory=dict)
+    grams: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, list[tuple[Any, Any, Tensor]]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(block: Block, linears: list[str], inspected: list[str]) -> "Heard":
+        """Runs the block on all of its inputs.
+
+        Raises:
+            ValueError: A linear's input is not finite.
+        """
+        heard, counts, handles = Heard(), dict.fromkeys(linears, 0), []
+
+        def hear(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                if name in inspected:
+                    heard.calls.setdefault(name, []).append((args, kwargs, _first(output)))
+                if name in counts:
+                    x = rows(args[0]).float()
+                    heard.x_mean[name] = heard.x_mean.get(name, 0) + x.abs().sum(0)
+                    heard.grams[name] = heard.grams.get(name, 0) + x.T @ x
+                    counts[name] += len(x)
+
+            return hook
+
+        for name in {*linears, *inspected}:
+            handles.append(block.module.get_submodule(name).register_forward_hook(hear(name), with_kwargs=True))
+        try:
+            for _ in block.run():
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, count in counts.items():
+            heard.x_mean[name], heard.grams[name] = heard.x_mean[name] / count, heard.grams[name] / count
+            if not bool(torch.isfinite(heard.grams[name]).all()):
+                raise ValueError(f"{block.name}.{name}: its inputs are not finite on the calibration data")
+        return heard
+
+    def scale(self, linears: tuple[str, ...], scales_I: Tensor) -> None:
+        """The same for inputs that are divided by scales."""
+        for name in linears:
+            self.grams[name] = self.grams[name] / scales_I[:, None] / scales_I
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for one mapping's scales; attributes as in `awq`."""
+
+    observer: Observer
+    grid: int
+    duo_scaling: bool
+    dtype: torch.dtype
+
+    def foldable(self, block: Block, smoothing: Smoothing, weights: dict[str, Tensor]) -> bool:
+        """Whether nothing that stays unquantized would have to absorb scales into a stored, rounded matrix."""
+        previous = block.module.get_submodule(smoothing.previous)
+        return all(name in weights for name in (*smoothing.linears, *_linear(smoothing.previous, previous)))
+
+    def smooth(
+        self,
+        block: Block,
+        smoothing: Smoothing,
+        schemes: dict[str, Scheme],
+        weights: dict[str, Tensor],
+        heard: Heard,
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """The report row of a mapping, and the scales `[I]` to fold; None if the identity won."""
+        start = time.monotonic()
+        x_mean = heard.x_mean[smoothing.linears[0]]
+        w_mean = relative_magnitude({name: weights[name] for name in smoothing.linears}, schemes)
+        inspect, calls = block.module.get_submodule(smoothing.inspect), heard.calls[smoothing.inspect]
+        linears = {name: block.module.get_submodule(name) for name in smoothing.linears}
+
+        def loss(scales: Tensor) -> float:
+            for name, linear in linears.items():
+                rounded = _round(weights[name] * scales, schemes[name], self.observer, self.dtype)
+                linear.weight.copy_(rounded.dequantize(torch.float32) / scales)  # type: ignore[operator]
+            error = [_first(inspect(*args, **kwargs)).float() - output.float() for args, kwargs, output in calls]
+            return float(sum(e.square().sum(dtype=torch.float64) for e in error)) / sum(e.numel() for e in error)
+
+        identity = loss(torch.ones_like(x_mean))
+        best, ratio, scales = identity, None, None
+        for k in range(self.grid):
+            r = k / max(self.grid - 1, 1)
+            tried = candidate(x_mean, w_mean, r, self.duo_scaling)
+            tried = absorbed(block, smoothing, tried, self.dtype)
+            if (found := loss(tried)) < best:
+                best, ratio, scales = found, r, tried
+        assert best <= identity, "the identity is a candidate"
+        for name, linear in linears.items():
+            linear.weight.copy_(weights[name])  # type: ignore[operator]
+        seconds = time.monotonic() - start
+        name = f"{block.name}.{smoothing.previous} -> {', '.join(smoothing.linears)}"
+        row = {"name": name, "loss": best, "identity": identity, "ratio": ratio, "fallback": None, "seconds": seconds}
+        return row, scales
+
+
+def candidate(x_mean_I: Tensor, w_mean_I: Tensor, ratio: float, duo_scaling: bool) -> Tensor:
+    """Scales for one ratio (equation 5), centred so that the largest and the smallest multiply to 1."""
+    scales = x_mean_I.pow(ratio)
+    if duo_scaling:
+        scales = scales / (w_mean_I.pow(1 - ratio) + 1e-4)
+    scales = scales.clamp(min=1e-4)
+    scales = scales / (scales.max() * scales.min()).sqrt()
+    return torch.where(torch.isfinite(scales), scales, torch.ones_like(scales))
+
+
+def relative_magnitude(weights: dict[str, Tensor], schemes: dict[str, Scheme]) -> Tensor:
+    """Mean over all rows of |w| relative to the largest in its group, `[I]`."""
+    parts = []
+    for name, weight in weights.items():
+        grouped = weight.abs().reshape(*schemes[name].granularity.scale_shape(tuple(weight.shape)), -1)
+        parts.append((grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape))
+    return torch.cat(parts).mean(0)
+
+
+def absorbed(block: Block, smoothing: Smoothing, scales_I: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales nearest to the wanted ones that what comes before the linears can absorb.
+
+    A value projection has one channel for several query heads: they take the geometric mean of what they want. A norm's
+    weight is rounded to the storage dtype: the scale is what that rounding makes of it. A linear is quantized after the
+    folding, so it absorbs anything.
+    """
+    previous = block.module.get_submodule(smoothing.previous)
+    if isinstance(previous, nn.Linear):
+        if not smoothing.repeats:
+            return scales_I
+        heads = _per_head(block, smoothing, scales_I, previous.out_features)
+        return heads.log().mean(1, keepdim=True).exp().expand_as(heads).reshape(-1)
+    weight = previous.weight.float()  # type: ignore[operator]
+    effective = weight / (weight / scales_I).to(dtype).float()
+    return torch.where(torch.isfinite(effective) & (effective > 0), effective, torch.ones_like(effective))
+
+
+def fold(
+    block: Block, smoothing: Smoothing, weights: dict[str, Tensor], scales_I: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Multiplies the linears by the scales and divides what comes before, in the block and in `weights`.
+
+    Returns:
+        The stored tensors that changed: a norm's weight or a linear's bias, under its absolute name.
+    """
+    module, changed = block.module, {}
+    for name in smoothing.linears:
+        weights[name] *= scales_I
+    previous = module.get_submodule(smoothing.previous)
+    if isinstance(previous, nn.Linear):
+        inverse = scales_I
+        if smoothing.repeats:
+            inverse = _per_head(block, smoothing, scales_I, previous.out_features)[:, 0].reshape(-1)
+        weights[smoothing.previous] /= inverse[:, None]
+        if previous.bias is not None:
+            changed["bias"] = (previous.bias / inverse).to(dtype)
+    else:
+        changed["weight"] = (previous.weight / scales_I).to(dtype)  # type: ignore[operator]
+    for name in (*smoothing.linears, *_linear(smoothing.previous, previous)):
+        module.get_parameter(f"{name}.weight").copy_(weights[name])
+    for key, value in changed.items():
+        module.get_parameter(f"{smoothing.previous}.{key}").copy_(value)
+    return {f"{block.name}.{smoothing.previous}.{key}": value for key, value in changed.items()}
+
+
+def clipped_range(weight_OI: Tensor, gram_II: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For every group, the shrunken range that keeps `E (x_g . dw_g)^2` smallest (the paper's code, `auto_clip`)."""
+    lo, hi = ranges(weight_OI, scheme)
+    columns = weight_OI.shape[1] // (lo.shape[1] if lo.dim() == 2 else 1)
+    grams = torch.stack([g[:, i * columns :][:, :columns] for i, g in enumerate(gram_II.split(columns))])
+    best, best_factor = torch.full_like(lo, torch.inf), torch.ones_like(lo)
+    for factor in CLIP_FACTORS:
+        scale, zero_point = qparams(lo * factor, hi * factor, scheme, dtype)
+        codes = quantize(weight_OI, scale, zero_point, scheme.grid)
+        rounded = QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight_OI.shape)).dequantize(torch.float32)
+        change = (rounded - weight_OI).view(len(weight_OI), -1, columns)
+        error = (torch.einsum("ogi,gij->ogj", change, grams) * change).sum(-1).reshape(lo.shape[0], -1)
+        error = error.sum(0, keepdim=True).reshape(lo.shape) if lo.dim() == 1 else error
+        best, best_factor = torch.where(error < best, error, best), torch.where(error < best, factor, best_factor)
+    return lo * best_factor, hi * best_factor
+
+
+def _round(
+    weight: Tensor, scheme: Scheme, observer: Observer, dtype: torch.dtype, gram: Tensor | None = None
+) -> QuantizedTensor:
+    found = observer.observe(weight, scheme, dtype) if gram is None else clipped_range(weight, gram, scheme, dtype)
+    scale, zero_point = qparams(*found, scheme, dtype)
+    codes = quantize(weight, scale, zero_point, scheme.grid)
+    return QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape))
+
+
+def _per_head(block: Block, smoothing: Smoothing, scales_I: Tensor, channels: int) -> Tensor:
+    """Scales of the query side as `[value heads, query heads that share one, head]`."""
+    attention = block.module.get_submodule(smoothing.previous.rpartition(".")[0])
+    head: int = attention.head_dim  # type: ignore[assignment]
+    return scales_I.view(channels // head, -1, head)
+
+
+def _linear(name: str, module: nn.Module) -> tuple[str, ...]:
+    return (name,) if isinstance(module, nn.Linear) else ()
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]

@@ -1,0 +1,146 @@
+"""Modules x recipe -> plan: what will be quantized how, and what will not be and why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from qat.numerics.recipe import Recipe
+from qat.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What happens to one module.
+
+    Attributes:
+        name: The module.
+        kind: Its class.
+        shape: Shape of its weight.
+        rule: The rule that decides, or None if none matches.
+        weight: Scheme of the weight; None leaves the module alone.
+        input: Scheme of its input.
+        reason: Why the module is left alone; empty if it is not.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rule: str | None
+    weight: Scheme | None
+    input: Scheme | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row for every module that owns a weight matrix.
+
+    Attributes:
+        rows: The modules, in the model's order.
+        num_other: Parameters outside these matrices (norms, biases), in elements.
+    """
+
+    rows: tuple[PlanRow, ...]
+    num_other: int
+
+    @property
+    def quantized(self) -> dict[str, Scheme]:
+        """Module name to scheme, of the modules that will be quantized."""
+        return {row.name: row.weight for row in self.rows if row.weight is not None}
+
+    def bits_per_weight(self, storage_bits: int = 16) -> float:
+        """Bits for each parameter of the whole model: codes, scales, zero points and all that stays unquantized."""
+        bits, count = self.num_other * storage_bits, self.num_other
+        for row in self.rows:
+            size = row.shape[0] * row.shape[1]
+            if row.reason.startswith("tied to"):
+                continue
+            bits += size * storage_bits if row.weight is None else _bits(row, row.weight, storage_bits)
+            count += size
+        return bits / max(count, 1)
+
+    def __str__(self) -> str:
+        """A table of runs of like rows: rule, scheme, how many modules, and the reason where one is left alone."""
+        groups: dict[tuple[str, str, str], list[PlanRow]] = {}
+        for row in self.rows:
+            what = str(row.weight) + (f", input {row.input}" if row.input else "") if row.weight else "left alone"
+            groups.setdefault((row.rule or "-", what, row.reason), []).append(row)
+        lines = [f"{'rule':12} {'scheme':16} {'modules':>7} {'weights':>13}  which"]
+        for (rule, what, reason), rows in groups.items():
+            size = sum(row.shape[0] * row.shape[1] for row in rows)
+            which = rows[0].name if len(rows) == 1 else f"{rows[0].name} ... {rows[-1].name}"
+            lines.append(f"{rule:12} {what:16} {len(rows):7} {size:13,}  {which}{f' ({reason})' if reason else ''}")
+        lines.append(f"{self.bits_per_weight():.3f} bits per weight over the whole model")
+        return "\n".join(lines)
+
+
+def _bits(row: PlanRow, scheme: Scheme, storage_bits: int) -> int:
+    scales = 1
+    for n in scheme.granularity.scale_shape(row.shape):
+        scales *= n
+    zeros = 0 if scheme.symmetric else scheme.grid.bits
+    width = {None: storage_bits, "float32": 32}.get(scheme.scale_dtype, 16)
+    return row.shape[0] * row.shape[1] * scheme.grid.bits + scales * (width + zeros)
+
+
+def match(model: nn.Module, recipe: Recipe) -> Plan:
+    """Finds the rule that decides for every module that owns a weight matrix.
+
+    Raises:
+        ValueError: A rule matches no module; a rule with a scheme decides for something other than an untied
+            `nn.Linear`; a group does not divide a module's in-features; or nothing at all would be quantized.
+    """
+    modules = {name: m for name, m in model.named_modules() if _weight(m) is not None}
+    for key, rule in recipe.rules.items():
+        if not any(rule.matches(name) for name in modules):
+            raise ValueError(
+                f"recipe.rules.{key}: match={rule.match!r} matches no module; weight matrices here: {_sample(modules)}"
+            )
+    owners: dict[int, str] = {}
+    rows = []
+    for name, module in modules.items():
+        owner = owners.setdefault(id(module.weight), name)
+        rows.append(_row(name, module, recipe, None if owner == name else owner, _shares(modules, name)))
+    if not any(row.weight for row in rows):
+        raise ValueError(f"the recipe quantizes no module; weight matrices here: {_sample(modules)}")
+    matrices = {id(m.weight) for m in modules.values()}
+    return Plan(tuple(rows), sum(p.numel() for p in model.parameters() if id(p) not in matrices))
+
+
+def _row(name: str, module: nn.Module, recipe: Recipe, owner: str | None, shared_with: str | None) -> PlanRow:
+    hit = recipe.rule_for(name)
+    shape, kind = tuple(module.weight.shape), type(module).__name__  # type: ignore[arg-type]
+    key, rule = hit if hit is not None else (None, None)
+    if rule is None or rule.weight is None:
+        reason = f"tied to {owner}" if owner else "no rule matches" if rule is None else f"rule {key}: weight=null"
+        return PlanRow(name, kind, shape, key, None, None, reason)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{name}: rule {key} would quantize a {kind}; only nn.Linear can be. Add a later rule that matches it, "
+            f"with weight=null"
+        )
+    if owner or shared_with:
+        raise ValueError(
+            f"{name}: its weight is tied to {owner or shared_with}, which the recipe does not quantize with it. Add a "
+            f"later rule that matches {name}, with weight=null"
+        )
+    try:
+        rule.weight.granularity.scale_shape(shape)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return PlanRow(name, kind, shape, key, rule.weight, rule.input, "")
+
+
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and weight.dim() >= 2 else None
+
+
+def _shares(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    return next((n for n, m in modules.items() if n != name and m.weight is modules[name].weight), None)
+
+
+def _sample(modules: Mapping[str, nn.Module]) -> str:
+    names = list(modules)
+    return ", ".join(names[:3]) + (f" ... {names[-1]} ({len(names)} in all)" if len(names) > 3 else "")

@@ -1,0 +1,75 @@
+"""Tiny random models, a byte tokenizer and prepared tokens: everything offline, in milliseconds."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qat.data.text import Tokens, load, tokenizer_digest
+from qat.data.text import _save as save_tokens
+from qat.numerics.granularity import PerGroup
+from qat.numerics.grid import IntGrid
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme
+
+
+def tiny(layers: int = 2, tied: bool = True, **overrides: object) -> LlamaForCausalLM:
+    """A random Llama whose parameters bf16 holds exactly, as `models.hf.load` returns them."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        eos_token_id=0,
+        bos_token_id=1,
+        pad_token_id=0,
+        use_cache=False,
+        **overrides,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def scheme(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Scheme:
+    return Scheme(IntGrid(bits), PerGroup(group_size), symmetric)
+
+
+def recipe(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Recipe:
+    return Recipe({"linears": Rule(".*_proj", scheme(bits, group_size, symmetric)), "head": Rule("lm_head", None)})
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token; token 0 is eos."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<eos>": 0} | {letter: i + 1 for i, letter in enumerate(alphabet[:255])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=template)
+
+
+def tokens(path: Path, train: int = 8192, held_out: int = 1024) -> Tokens:
+    """Random streams with some structure: a token repeats the one before it half of the time."""
+    generator = np.random.default_rng(0)
+    streams = {}
+    for split, size in (("train", train), ("validation", held_out), ("test", held_out)):
+        stream = generator.integers(1, 256, size, dtype=np.int32)
+        repeat = generator.random(size) < 0.5
+        stream[1:][repeat[1:]] = stream[:-1][repeat[1:]]
+        streams[split] = stream
+    save_tokens(path, streams, {"source": "test"}, tokenizer_digest(byte_tokenizer()))
+    return load(path)
