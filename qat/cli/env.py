@@ -67,9 +67,8 @@ def gather() -> dict[str, Any]:
 
 
 def cache_dir() -> Path:
-    """Where rebuilt models are kept: QAT_CACHE, else the user's cache directory."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("QAT_CACHE") or home / "qat").absolute()
+    """Where rebuilt models and prepared tokens are kept, as `qat.models.hf` says it (whose import takes seconds)."""
+    return Path(os.environ.get("QAT_CACHE") or Path.home() / ".cache" / "qat")
 
 
 def package_version(name: str) -> str | None:

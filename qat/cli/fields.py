@@ -138,7 +138,7 @@ FIELDS: dict[str, Check] = {
     "optim.final": FRACTION,
     "trainer.max_steps": whole(),
     "trainer.accumulate": whole(),
-    "trainer.clip": POSITIVE,
+    "trainer.clip": number("a number above 0", lambda x: x > 0, null=True),
     "trainer.precision": one_of(*PRECISIONS),
     "trainer.batch_size": whole(),
     "trainer.checkpoint_every": whole(),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qat.cli.devices import by_device, is_choice
+from qat.cli.fields import FIELDS
 from qat.cli.kinds import describe, is_open, kind, misfit
 from qat.cli.problem import Problem, did_you_mean
 from qat.cli.tree import GLOBAL_GROUPS, GLOBAL_HEADER, Tree
@@ -78,7 +79,10 @@ def _merged(contents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_schema(config: dict[str, Any], schema: Node) -> Iterator[Problem]:
-    """Unknown keys, missing keys and values of the wrong kind, in a config whose choices by device are made."""
+    """Unknown keys, missing keys and values of the wrong kind, in a config whose choices by device are made.
+
+    The kinds of the keys that have a range are left to the check of the range, which knows whether null is one of them.
+    """
     leaves = [path for path, _ in paths(config)]
     yield from _check(config, schema, "", sorted({*leaves, *(path for path, _ in _schema_paths(schema, ""))}))
     for path, value in paths(config):
@@ -116,7 +120,7 @@ def _check_value(where: str, value: Any, node: Node, known: list[str]) -> Iterat
         yield from _check(value, node, where, known)
     elif node.mappings and kind(value) not in {kind(default) for default in node.defaults}:
         yield Problem(where, f"expected a mapping with {', '.join(node.children)}; found {describe(value)}")
-    elif text := misfit(node.defaults, value):
+    elif where not in FIELDS and (text := misfit(node.defaults, value)):
         yield Problem(where, text)
 
 

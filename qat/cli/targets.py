@@ -10,15 +10,24 @@ from qat.cli.signatures import Signature, signature
 ALLOWED = ("qat.", "torch.optim.", "pytorch_lightning.")
 WORDS = ("_target_", "_partial_", "_convert_", "_recursive_")  # Hydra's, on every node that has a target
 LIGHTNING = "trainer.lightning"  # keyword arguments of Lightning's Trainer
-OURS = {  # arguments of the Trainer that other keys decide
-    "accumulate_grad_batches": "trainer.accumulate",
-    "callbacks": "callbacks",
-    "gradient_clip_val": "trainer.clip",
-    "logger": "logger",
-    "max_steps": "trainer.max_steps",
-    "precision": "trainer.precision",
+OURS = {  # arguments of the Trainer that training gives itself, and the key that decides them
     "accelerator": "device",
-    "default_root_dir": "runs",
+    "devices": "device",
+    "max_steps": "trainer.max_steps",
+    "max_epochs": "trainer.max_steps",
+    "accumulate_grad_batches": "trainer.accumulate",
+    "gradient_clip_val": "trainer.clip",
+    "precision": "trainer.precision",
+    "val_check_interval": "trainer.val_every",
+    "check_val_every_n_epoch": "trainer.val_every",
+    "logger": "logger",
+    "callbacks": "callbacks",
+    "num_sanity_val_steps": "the training loop",
+    "plugins": "the training loop",
+    "log_every_n_steps": "the training loop",
+    "enable_progress_bar": "the training loop",
+    "enable_model_summary": "the training loop",
+    "use_distributed_sampler": "the training loop",
 }
 
 

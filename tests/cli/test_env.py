@@ -47,10 +47,12 @@ def test_what_is_not_installed_is_null():
     assert env.package_version("surely-not-a-package") is None
 
 
-def test_the_cache_is_the_users(monkeypatch):
-    monkeypatch.delenv("QAT_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert env.cache_dir() == Path("/somewhere/qat")
+def test_the_cache_is_the_one_that_models_are_kept_in(monkeypatch):
+    from qat.models import hf
+
+    assert env.cache_dir() == hf.cache_dir()
+    monkeypatch.delenv("QAT_CACHE")
+    assert env.cache_dir() == hf.cache_dir() == Path.home() / ".cache/qat"
 
 
 def test_options(capsys):

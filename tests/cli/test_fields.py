@@ -22,6 +22,7 @@ def nested(path, value):
         ("evaluation.seq_len", [2, 512], [1, 0]),
         ("export.dtype", ["bfloat16", "float16", "float32"], ["fp16", "float64", None]),
         ("optim.lr", [1e-4, 1], [0, -1, "a", True, None]),
+        ("trainer.clip", [None, 1, 0.5], [0, -1, "a"]),
         ("optim.warmup", [0, 0.1, 1.0], [-0.1, 1.1]),
         ("trainer.precision", ["auto", "bf16-mixed"], ["bf16", 16]),
         ("format.name", ["compressed_tensors"], ["base", "ggff", None]),

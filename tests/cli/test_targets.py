@@ -1,6 +1,9 @@
+import ast
+
 import pytest
 
-from qat.cli.targets import check_targets, refused
+from qat.cli import source
+from qat.cli.targets import OURS, check_targets, refused
 
 SCHEME = {
     "_target_": "qat.numerics.scheme.Scheme",
@@ -88,6 +91,14 @@ def test_the_trainers_arguments_are_lightnings_and_not_ours():
         "trainer.lightning.limit_val_batch: no such argument; did you mean limit_val_batches?",
         "trainer.lightning.num_nodes: expected an integer, found 'two'",
     ]
+
+
+def test_what_is_ours_is_what_training_gives_the_trainer():
+    path = source.module_file("qat.training.fit")
+    assert path is not None
+    calls = [node for node in ast.walk(source.module_tree(path)) if isinstance(node, ast.Call)]
+    (trainer,) = [call for call in calls if ast.unparse(call.func) == "pl.Trainer"]
+    assert {keyword.arg for keyword in trainer.keywords} - {None} == set(OURS)
 
 
 def test_targets_that_are_not_known_yet_wait():

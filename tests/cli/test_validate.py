@@ -35,7 +35,12 @@ def test_every_kind_of_problem_at_once(run, tree):
     found = said(run, tree, *texts)
     expected = [
         *("nonsense:", "recipe=w9:", "~arms.x:", "seed:", "data.seq_len: names cpu alone", "trainer.max_stpes:"),
-        *("trainer.clip: expected a number", "model.name: has no value", "callbacks.c._target_:", "optim.lrr:"),
+        *(
+            "trainer.clip: expected a number above 0 or null",
+            "model.name: has no value",
+            "callbacks.c._target_:",
+            "optim.lrr:",
+        ),
         *("device:", "calibration.samples: expected an integer of at least 1, found 0"),
         *("recipe.rules.linears.weight.grid: bits=12", "data.path:"),
         "calibration.samples: expected an integer of at least 1, found -1",  # the other device
