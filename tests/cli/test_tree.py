@@ -1,3 +1,8 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from qat.cli.problem import ConfigError
@@ -6,6 +11,16 @@ from qat.cli.tree import Slot, Tree, comment, config_dir, read_yaml
 
 def test_packaged_configs_lie_beside_a_source_tree_or_in_the_package():
     assert (config_dir() / "run.yaml").is_file()
+
+
+def test_an_installed_package_brings_its_configs(tmp_path):
+    package = Path(__file__).parents[2] / "qat"
+    shutil.copytree(package, tmp_path / "qat", ignore=shutil.ignore_patterns("__pycache__"))
+    if not (package / "configs").exists():
+        shutil.copytree(package.parent / "configs", tmp_path / "qat/configs")
+    command = [sys.executable, "-m", "qat", "configs", "ls", "model"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "smollm2" in result.stdout
 
 
 def test_groups_and_options(tree):
