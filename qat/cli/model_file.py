@@ -143,10 +143,7 @@ def _text(file: BinaryIO) -> str:
     size = _number(file, "Q")
     if size > HEADER_LIMIT:
         raise OverflowError(size)
-    data = file.read(size)
-    if len(data) < size:
-        raise OverflowError(size)
-    return data.decode("utf-8")
+    return file.read(size).decode("utf-8")
 
 
 def _value(file: BinaryIO, kind: int) -> Any:

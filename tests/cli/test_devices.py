@@ -4,14 +4,14 @@ import pytest
 
 from qat.cli.devices import by_device, check_choices, is_choice
 
-CONFIG = {"a": {"cpu": 1, "cuda": {"x": 2}}, "b": [{"cpu": 3, "cuda": 4}], "c": {"cpu": 5, "gpu": 6}, "d": {}}
+CONFIG = {"a": {"cpu": 1, "cuda": {"x": 2}}, "b": [{"cpu": 3, "cuda": 4}], "c": {"cpu": 5, "gpu": 6}, "d": {"cpu": 7}}
 
 
 @pytest.mark.parametrize(
     ("device", "expected"),
     [
-        ("cpu", {"a": 1, "b": [3], "c": {"cpu": 5, "gpu": 6}, "d": {}}),
-        ("cuda", {"a": {"x": 2}, "b": [4], "c": {"cpu": 5, "gpu": 6}, "d": {}}),
+        ("cpu", {"a": 1, "b": [3], "c": {"cpu": 5, "gpu": 6}, "d": {"cpu": 7}}),
+        ("cuda", {"a": {"x": 2}, "b": [4], "c": {"cpu": 5, "gpu": 6}, "d": {"cpu": 7}}),
     ],
 )
 def test_choices_are_made_and_the_config_stays(device, expected):

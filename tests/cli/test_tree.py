@@ -63,6 +63,7 @@ def test_user_directories_come_after_the_packaged_one(tree, user):
     theirs = user(model__small="name: mine\n", model__tiny="name: tiny\n")
     both = Tree((*tree.roots, theirs))
     assert list(both.options("model")) == ["hub", "small", "tiny"]
+    assert both.options("model")["small"] == tree.roots[0] / "model/small.yaml"
     assert both.find("model/small") == tree.roots[0] / "model/small.yaml"
     assert both.clashes() == [theirs / "model/small.yaml"]
     assert tree.clashes() == []
