@@ -1,0 +1,100 @@
+"""ModelRunner: a batch of chunks through the model. Owns the cache; knows nothing of requests beyond their tokens."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from qat.engine.config import EngineConfig
+from qat.engine.loader import Loaded
+from qat.engine.scheduler import Chunk
+from qat.kernels.paged_attention import Paging
+
+
+class ModelRunner:
+    """Runs the model over a paged cache that it allocates.
+
+    Args:
+        loaded: Model and configuration.
+        config: Size of the pool; `kernel="reference"` also keeps reduced-precision fp32 (TF32) off.
+
+    Raises:
+        ValueError: The memory for the pool holds no block.
+    """
+
+    def __init__(self, loaded: Loaded, config: EngineConfig):
+        self.model = loaded.model
+        self.device, self.block_size = loaded.model.embedding.device, config.block_size
+        self._exact = config.kernel == "reference"
+        self.num_blocks = num_blocks(loaded, config)
+        described, dtype = loaded.config, loaded.model.dtype
+        shape = (self.num_blocks, described.num_key_value_heads, config.block_size, described.head_dim)
+        # Not zeroed: nothing reads a slot before it is written, and a CPU hands out memory as it is touched.
+        self.caches = [
+            (torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device))
+            for _ in range(described.num_hidden_layers)
+        ]
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Computes chunks, whose blocks are allocated: hidden states `[tokens, N]`, in the chunks' order."""
+        tokens = [token for c in chunks for token in c.sequence.tokens(c.start, c.stop)]
+        positions = [position for c in chunks for position in range(c.start, c.stop)]
+        tables = [c.sequence.block_table for c in chunks]
+        longest = max(map(len, tables))
+        paging = Paging(
+            self._tensor([slot for c in chunks for slot in self._slots(c)]),
+            self._tensor([table + [0] * (longest - len(table)) for table in tables]),
+            [c.stop - c.start for c in chunks],
+            [c.stop for c in chunks],
+            self.block_size,
+        )
+        with self._precision():
+            return self.model(self._tensor(tokens), self._tensor(positions), paging, self.caches)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits `[n, V]` of hidden states `[n, N]`."""
+        with self._precision():
+            return self.model.logits(hidden)
+
+    def _slots(self, chunk: Chunk) -> list[int]:
+        table, size = chunk.sequence.block_table, self.block_size
+        return [table[p // size] * size + p % size for p in range(chunk.start, chunk.stop)]
+
+    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """On the reference path, fp32 products in fp32, whatever the process allows otherwise."""
+        before = torch.get_float32_matmul_precision()
+        if self._exact and before != "highest":
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
+        else:
+            yield
+
+
+def num_blocks(loaded: Loaded, config: EngineConfig) -> int:
+    """Blocks of the pool: as configured, or as many as the memory for it holds and the sequences could use.
+
+    Raises:
+        ValueError: Not even one.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    described = loaded.config
+    vectors = 2 * described.num_hidden_layers * described.num_key_value_heads * config.block_size
+    block_bytes = vectors * described.head_dim * loaded.model.dtype.itemsize
+    held = int(config.kv_memory_gib * 2**30) // block_bytes
+    if held < 1:
+        raise ValueError(
+            f"kv_memory_gib={config.kv_memory_gib}: one block of {config.block_size} tokens takes "
+            f"{block_bytes / 2**30:.6f} GiB in this model; give the pool more, or make block_size smaller"
+        )
+    return min(held, config.max_num_seqs * -(-loaded.max_model_len // config.block_size))

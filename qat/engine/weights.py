@@ -1,0 +1,154 @@
+"""Weights: what a model file asks for, by its name in the checkpoint, checked against the config's shapes.
+
+Tensors are read one at a time, and only what is served stays in memory: packed words for quantized weights, the storage
+dtype for plain ones. Vectors (norms, biases) are widened: exact, and too small to count.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from qat.engine.layers import Concatenated, Linear, RMSNorm
+from qat.formats.base import Checkpoint, tensor_files
+from qat.nn.packed_linear import PackedLinear
+from qat.numerics.granularity import PerTensor
+from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.scheme import Scheme
+
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+SPARE = 0.08  # share of the file's bytes that faster layouts may take beside it; in all, weights may grow by 0.1
+
+
+class Weights:
+    """The tensors of a checkpoint, handed out as modules.
+
+    Args:
+        checkpoint: An open checkpoint.
+        config: Its configuration.
+        device: Where weights shall lie.
+        dtype: Of the activations.
+        reference: Keep packed words; else lay them out for the device's fastest kernel.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: PretrainedConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        reference: bool,
+    ):
+        self.device, self.dtype = device, dtype
+        self._checkpoint, self._config, self._reference = checkpoint, config, reference
+        self._files = tensor_files(checkpoint.path)
+        self._left = {*checkpoint.plain, *checkpoint.tensors}
+        self.file_bytes = sum(file.stat().st_size for file in set(self._files.values()))
+        self._spare = int(SPARE * self.file_bytes)
+
+    def linear(self, prefix: str, parts: Mapping[str, int], columns: int, bias: bool = False) -> nn.Module:
+        """One linear for all modules `prefix.part` of a common input, its outputs in their order.
+
+        Args:
+            prefix: What their names begin with.
+            parts: Name and out-features of each.
+            columns: In-features.
+            bias: Whether they have one.
+
+        Raises:
+            ValueError: A tensor is missing or has another shape; the message names tensor and file.
+        """
+        names = {f"{prefix}.{part}" if prefix else part: rows for part, rows in parts.items()}
+        schemes = {self._scheme(name) for name in names}
+        scheme = next(iter(schemes))
+        if len(names) > 1 and (len(schemes) > 1 or (scheme and isinstance(scheme.granularity, PerTensor))):
+            return Concatenated([self.linear(prefix, {part: rows}, columns, bias) for part, rows in parts.items()])
+        biases = [self.vector(f"{name}.bias", rows).to(self.dtype) for name, rows in names.items() if bias]
+        fused_bias = torch.cat(biases) if bias else None
+        if scheme is None:
+            weights = [self._plain(f"{name}.weight", (rows, columns)) for name, rows in names.items()]
+            return Linear(torch.cat(weights) if len(weights) > 1 else weights[0], fused_bias)
+        layer = PackedLinear(_fuse([self._quantized(n, (r, columns)) for n, r in names.items()]), fused_bias)
+        if not self._reference:
+            before = layer.nbytes
+            layer.specialize(self._spare)
+            self._spare -= layer.nbytes - before
+        return layer
+
+    def norm(self, name: str, size: int) -> RMSNorm:
+        """The RMSNorm of this name."""
+        return RMSNorm(self.vector(f"{name}.weight", size), self._config.rms_norm_eps)
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """A vector in fp32."""
+        return self._plain(name, (size,)).float()
+
+    def embedding(self, name: str, rows: int, columns: int) -> nn.Parameter:
+        """A table in its storage dtype."""
+        return nn.Parameter(self._plain(f"{name}.weight", (rows, columns)), requires_grad=False)
+
+    def head(self, embedding: nn.Parameter) -> nn.Module:
+        """The linear onto the vocabulary; a tied one is the embedding itself."""
+        rows, columns = embedding.shape
+        if not self._config.tie_word_embeddings:
+            return self.linear("", {"lm_head": rows}, columns)
+        if "lm_head.weight" in self._left and not torch.equal(
+            self._plain("lm_head.weight", (rows, columns)), embedding
+        ):
+            raise ValueError(
+                f"{self._files['lm_head.weight']}: lm_head.weight is not the embedding that config.json ties it to"
+            )
+        head = Linear(torch.empty(0))
+        head.weight = embedding
+        return head
+
+    def finish(self) -> None:
+        """Raises ValueError if the checkpoint holds a tensor that the model has no place for."""
+        # Checkpoints of the first Llamas carry the rotation's frequencies, which follow from the config.
+        strays = sorted(name for name in self._left if not name.endswith(".rotary_emb.inv_freq"))
+        if strays:
+            name = strays[0]
+            file = self._files.get(name) or self._files[f"{name}.weight_packed"]
+            raise ValueError(f"{file}: tensor {name} has no place in the {self._config.model_type} of config.json")
+
+    def _scheme(self, module: str) -> Scheme | None:
+        hit = self._checkpoint.recipe.rule_for(module) if module in self._checkpoint.tensors else None
+        return None if hit is None else hit[1].weight
+
+    def _quantized(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+        tensor = self._checkpoint.tensors[name]
+        self._left.discard(name)
+        if tuple(tensor.shape) != shape:
+            file = self._files[f"{name}.weight_packed"]
+            raise ValueError(f"{file}: tensor {name} is {tuple(tensor.shape)}; config.json asks for {shape}")
+        return tensor.to(self.device)
+
+    def _plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if (module := name.removesuffix(".weight")) in self._checkpoint.tensors:
+            raise ValueError(
+                f"{self._files[f'{module}.weight_packed']}: {module} is quantized; it is served plain only"
+            )
+        if name not in self._checkpoint.plain:
+            raise ValueError(f"{self._checkpoint.path}: tensor {name} is missing; config.json asks for it")
+        tensor = self._checkpoint.plain[name]
+        self._left.discard(name)
+        if tuple(tensor.shape) != shape or tensor.dtype not in STORAGE:
+            raise ValueError(
+                f"{self._files[name]}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}; config.json asks for "
+                f"{shape}, in float32, bfloat16 or float16"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{self._files[name]}: tensor {name} holds inf or NaN")
+        return tensor.to(self.device)
+
+
+def _fuse(tensors: list[QuantizedTensor]) -> QuantizedTensor:
+    """One tensor whose rows are those of all."""
+    if len(tensors) == 1:
+        return tensors[0]
+    zero_points = [t.zero_point for t in tensors if t.zero_point is not None]
+    codes = torch.cat([t.codes for t in tensors])
+    scale = torch.cat([t.scale for t in tensors])
+    zero_point = torch.cat(zero_points) if zero_points else None
+    return QuantizedTensor(codes, scale, zero_point, tensors[0].scheme, tuple(codes.shape))

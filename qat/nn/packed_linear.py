@@ -1,0 +1,63 @@
+"""PackedLinear: a linear layer whose weight stays packed. For serving; it has no gradient and no parameters."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qat.kernels import w4a16
+from qat.numerics.qtensor import QuantizedTensor
+
+
+class PackedLinear(nn.Module):
+    """`F.linear` by a quantized weight, through `kernels/w4a16.py`.
+
+    Its scales keep their stored dtype: `.to(dtype)`, `.half()` and the like move the layer's device only. It is fed
+    from a `QuantizedTensor`, not from a state dict.
+
+    Args:
+        tensor: The weight, on the device where the layer shall run.
+        bias: `[O]` in the dtype of the activations, or None.
+
+    Raises:
+        ValueError: The weight is not one that is served packed, or the bias does not fit it.
+    """
+
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None = None):
+        super().__init__()
+        if bias is not None and tuple(bias.shape) != tuple(tensor.shape[:1]):
+            raise ValueError(
+                f"bias of shape {tuple(bias.shape)}: a weight of shape {tensor.shape} needs {tensor.shape[:1]}"
+            )
+        weight = w4a16.pack_weight(tensor)
+        self.weight: w4a16.Weight = weight
+        self.bias = bias
+        self.packed_bytes = weight.nbytes
+
+    def specialize(self, spare: int) -> None:
+        """Lays the weight out for the fastest kernel of its device, if that takes at most `spare` bytes more."""
+        if isinstance(self.weight, w4a16.PackedWeight):
+            self.weight = w4a16.specialize(self.weight, spare)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias as they lie in memory now."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., I]` -> `[..., O]`, in x's dtype."""
+        return w4a16.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and kernel, for `print(model)`."""
+        rows, columns = self.weight.shape
+        return f"{columns} -> {rows}, {type(self.weight).__name__}, {self.nbytes / 2**20:.2f} MiB"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        device = fn(torch.empty(0, dtype=torch.int8)).device
+        if isinstance(self.weight, w4a16.PackedWeight):
+            self.weight = self.weight.to(device)
+        elif device.type != "cpu":
+            raise ValueError("a weight laid out for a CPU kernel cannot move: build the layer on the other device")
+        self.bias = None if self.bias is None else fn(self.bias)
+        return self
