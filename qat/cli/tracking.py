@@ -64,4 +64,4 @@ def close(run: Any | None, summary: dict[str, Any]) -> None:
             run.summary.update({f"recovered/{versus}/{k}": v for k, v in values.items()})
     if "export" in summary:
         run.summary.update({"export/verified": summary["export"]["verified"]})
-    run.finish(quiet=True)
+    run.finish()
