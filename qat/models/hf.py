@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,9 @@ def load_quantized(path: Path, dtype: torch.dtype | None, dequantize: bool) -> P
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if dequantize:
         kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # that is how one asks
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)  # decompresses on the first forward
     return model

@@ -130,7 +130,10 @@ def test_a_bare_checkpoint_says_what_could_not_be_checked(tmp_path):
 
 def test_captured_weights_must_all_be_equal(copy):
     certificate = json.loads((copy / "verify.json").read_text())
-    for captured, passed in (({"modules": 14, "equal": 14, "dtype": "float32"}, True), ({"modules": 14, "equal": 13}, False)):
+    for captured, passed in (
+        ({"modules": 14, "equal": 14, "dtype": "float32"}, True),
+        ({"modules": 14, "equal": 13}, False),
+    ):
         (copy / "verify.json").write_text(json.dumps(certificate | {"captured": captured}))
         assert verify(copy)["verified"] is passed
 

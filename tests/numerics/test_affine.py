@@ -1,0 +1,131 @@
+"""The algebra against exact arithmetic, and law (b) at its root."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from qat.numerics.affine import dequantize, qparams, quantize, ranges, round_scale, rtn
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.grid import IntGrid
+from qat.numerics.scheme import Scheme
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRANULARITIES = (PerTensor(), PerChannel(), PerGroup(16), PerToken())
+
+
+def schemes():
+    for bits in range(2, 9):
+        for granularity in GRANULARITIES:
+            for symmetric in (True, False):
+                yield Scheme(IntGrid(bits), granularity, symmetric, dynamic=isinstance(granularity, PerToken))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_and_values_equal_exact_arithmetic(bits, symmetric):
+    """Every code is the nearest integer to the exact quotient of fp32 numbers, as fp32 division rounds it."""
+    x = torch.randn(4, 32)
+    scheme = Scheme(IntGrid(bits), PerGroup(16), symmetric)
+    codes, scale, zero = rtn(x, scheme, torch.bfloat16)
+    grid = scheme.grid
+    back = dequantize(codes, scale, zero, torch.float32)
+    for row in range(4):
+        for column in range(32):
+            s = Fraction(float(scale[row, column // 16]))
+            z = 0 if zero is None else int(zero[row, column // 16])
+            quotient = torch.tensor(float(x[row, column])) / torch.tensor(float(s))
+            expected = min(max(round(Fraction(float(quotient))) + z, grid.qmin), grid.qmax)
+            assert int(codes[row, column]) == expected
+            assert float(back[row, column]) == float(torch.tensor(float((expected - z) * s)))
+
+
+@pytest.mark.parametrize("scheme", list(schemes()), ids=str)
+def test_rtn_is_within_half_a_step_inside_the_range(scheme):
+    x = torch.randn(8, 64)
+    codes, scale, zero = rtn(x, scheme, torch.float32)
+    assert codes.dtype == torch.int8
+    assert codes.min() >= scheme.grid.qmin
+    assert codes.max() <= scheme.grid.qmax
+    back = dequantize(codes, scale, zero, torch.float32)
+    steps = (back - x).abs().reshape(*scale.shape, -1) / scale.unsqueeze(-1)
+    clipped = (codes == scheme.grid.qmax) | (codes == scheme.grid.qmin)
+    inside = steps[~clipped.reshape(steps.shape)]
+    assert inside.numel() == 0 or float(inside.max()) <= 0.5 + 1e-5
+    assert float(steps.max()) <= 1.0 + 1e-4  # ct clips at most half a step of the largest element
+
+
+def test_symmetric_scale_is_absmax_over_half_the_steps():
+    x = torch.tensor([[-7.5, 1.0, 3.0, 7.0]])
+    codes, scale, zero = rtn(x, Scheme(IntGrid(4), PerChannel()), torch.float32)
+    assert float(scale) == 1.0
+    assert zero is None
+    assert codes.tolist() == [[-8, 1, 3, 7]]
+
+
+def test_halves_round_to_even_and_the_zero_point_is_added_after():
+    scale, zero = torch.ones(1), torch.tensor([1], dtype=torch.int8)
+    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+    assert quantize(x, scale, None, IntGrid(8)).tolist() == [-2, -2, 0, 0, 2, 2]
+    assert quantize(x, scale, zero, IntGrid(8)).tolist() == [-1, -1, 1, 1, 3, 3]  # rint(x + 1) would give -2, 0, ...
+
+
+def test_codes_come_from_the_rounded_scale():
+    """A weight whose code differs between the exact and the stored scale takes the stored one's."""
+    x = torch.randn(64, 64)
+    scheme = Scheme(IntGrid(8), PerChannel())
+    codes, scale, _ = rtn(x, scheme, torch.bfloat16)
+    exact, _ = qparams(*ranges(x, scheme), scheme, torch.float32)
+    assert not torch.equal(codes, quantize(x, exact, None, scheme.grid))
+    assert torch.equal(codes, quantize(x, scale.float(), None, scheme.grid))
+
+
+def test_asymmetric_ranges_hold_zero_and_zero_is_a_code():
+    for x in (torch.rand(1, 16) + 3, -torch.rand(1, 16) - 3):
+        scheme = Scheme(IntGrid(4), PerChannel(), symmetric=False)
+        codes, scale, zero = rtn(x, scheme, torch.float32)
+        lo, hi = (
+            float(v) for v in dequantize(torch.tensor([[-8, 7]], dtype=torch.int8), scale, zero, torch.float32)[0]
+        )
+        assert lo <= 0 <= hi
+        assert float(dequantize(quantize(torch.zeros(1, 1), scale, zero, scheme.grid), scale, zero, torch.float32)) == 0
+        assert (dequantize(codes, scale, zero, torch.float32) - x).abs().max() <= scale.max() * 0.51
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_degenerate_groups(dtype, symmetric):
+    scheme = Scheme(IntGrid(4), PerGroup(4), symmetric)
+    tiny = torch.finfo(torch.float32).tiny / 1024  # its scale underflows every dtype but float32
+    x = torch.tensor([[0.0] * 4 + [tiny] * 4 + [1.0, 1.0, 1.0, 1.0]])
+    codes, scale, zero = rtn(x, scheme, dtype)
+    assert float(scale[0, 0]) == 1.0
+    assert codes[0, :4].tolist() == [0] * 4
+    assert zero is None or int(zero[0, 0]) == 0
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert 0 < float(scale[0, 1]) <= max(smallest, tiny)
+    assert bool(torch.isfinite(dequantize(codes, scale, zero, dtype)).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_an_error(value):
+    x = torch.randn(2, 16)
+    x[1, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        rtn(x, Scheme(IntGrid(4), PerChannel()), torch.bfloat16)
+
+
+def test_a_scale_beyond_its_dtype_is_an_error():
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
+        rtn(torch.full((1, 4), 1e6), Scheme(IntGrid(2), PerChannel()), torch.float16)
+
+
+def test_a_scheme_may_fix_the_dtype_of_its_scale():
+    scheme = Scheme(IntGrid(4), PerChannel(), scale_dtype="float32")
+    assert rtn(torch.randn(2, 8), scheme, torch.bfloat16)[1].dtype == torch.float32
+
+
+def test_round_scale_never_gives_zero():
+    scales = torch.tensor([1e-45, 1e-30, 1.0])
+    for dtype in DTYPES:
+        assert bool((round_scale(scales, dtype) > 0).all())

@@ -1,0 +1,136 @@
+"""The walk hands every block what the model hands it, leaves the model alone, and resumes at any block."""
+
+import copy
+
+import pytest
+import torch
+from tiny import recipe, tiny
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from qat.nn.observers.minmax import MinMax
+from qat.numerics.affine import rtn
+from qat.numerics.qtensor import QuantizedTensor
+from qat.ptq.awq import awq
+from qat.ptq.gptq import gptq
+from qat.surgery.walk import Changes, walk
+
+BATCHES = list(torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(1)).split(2))
+
+
+def seen_by_the_model(model):
+    inputs = {}
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(lambda _, args, i=i: inputs.setdefault(i, []).append(args[0]))
+    for batch in BATCHES:
+        model.model(input_ids=batch, use_cache=False)
+    return inputs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_an_unchanged_walk_sees_what_the_model_sees(family):
+    model = tiny(layers=3)
+    if family == "qwen3":
+        config = Qwen3Config(
+            vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_window_layers=2, use_sliding_window=True, sliding_window=4,
+        )  # fmt: skip
+        model = Qwen3ForCausalLM(config).eval()  # its last block attends differently: arguments differ by block
+    visited = []
+
+    def visit(block):
+        visited.append([hidden.clone() for hidden in block.inputs])
+        return Changes()
+
+    walk(model, BATCHES, "model.layers", visit, True, recipe())
+    for i, inputs in seen_by_the_model(copy.deepcopy(model)).items():
+        assert all(torch.equal(a, b) for a, b in zip(visited[i], inputs, strict=True))
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_changes_reach_later_blocks_only_if_they_propagate(propagate):
+    model, inputs = tiny(layers=2), []
+
+    def visit(block):
+        inputs.append(block.inputs[0].clone())
+        with torch.no_grad():
+            for parameter in block.module.parameters():
+                parameter.mul_(0.5)
+        return Changes()
+
+    before = copy.deepcopy(model.state_dict())
+    walk(model, BATCHES, "model.layers", visit, propagate, recipe())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    same = torch.equal(inputs[1], seen_by_the_model(model)[1][0])
+    assert same is not propagate
+
+
+@pytest.mark.parametrize("method", [gptq, awq])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_killed_walk_goes_on_with_the_same_codes(tmp_path, method, stop):
+    model = tiny(layers=3)
+    whole = method(model, recipe(3), BATCHES, observer=MinMax())
+
+    class Killed(Exception):
+        pass
+
+    def kill(done, blocks):
+        if done == stop:
+            raise Killed
+
+    with pytest.raises(Killed):
+        method(model, recipe(3), BATCHES, observer=MinMax(), store=tmp_path, progress=kill)
+    visited = []
+    resumed = method(
+        model, recipe(3), BATCHES, observer=MinMax(), store=tmp_path, progress=lambda i, n: visited.append(i)
+    )
+    assert visited == list(range(stop + 1, 4))
+    assert whole.tensors.keys() == resumed.tensors.keys()
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(tensor.codes, resumed.tensors[name].codes)
+        assert torch.equal(tensor.scale, resumed.tensors[name].scale)
+    assert whole.folded.keys() == resumed.folded.keys()
+    assert all(torch.equal(v, resumed.folded[k]) for k, v in whole.folded.items())
+    assert [row["name"] for row in whole.layers] == [row["name"] for row in resumed.layers]
+
+
+def test_zero_points_survive_a_resume(tmp_path):
+    model, rules = tiny(), recipe(4, symmetric=False)
+
+    def visit(block):
+        name = f"{block.name}.mlp.up_proj"
+        s = rules.rule_for(name)[1].weight
+        codes, scale, zero = rtn(model.get_parameter(f"{name}.weight").detach(), s, torch.bfloat16)
+        return Changes({name: QuantizedTensor(codes, scale, zero, s, tuple(codes.shape))})
+
+    first = walk(model, BATCHES, "model.layers", visit, True, rules, tmp_path)
+    again = walk(model, BATCHES, "model.layers", lambda block: 1 / 0, True, rules, tmp_path)
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor.zero_point, again.tensors[name].zero_point)
+
+
+def test_only_the_newest_block_keeps_its_stream(tmp_path):
+    walk(tiny(layers=4), BATCHES, "model.layers", lambda block: Changes(), True, recipe(), tmp_path)
+    sizes = [p.stat().st_size for p in sorted(tmp_path.glob("block-*"))]
+    assert len(sizes) == 4
+    assert max(sizes) < 2000  # nothing was found, and the last block has no successor
+
+
+def test_the_model_gets_its_blocks_back_after_an_error():
+    model = tiny()
+    blocks = list(model.model.layers)
+    with pytest.raises(IndexError):
+        walk(model, [torch.tensor([[999]])], "model.layers", lambda block: Changes(), True, recipe())
+    assert list(model.model.layers) == blocks
+
+
+def test_hidden_states_that_are_not_finite_name_the_block():
+    model = tiny(layers=3)
+
+    def visit(block):
+        if block.name.endswith("1"):
+            with torch.no_grad():
+                block.module.mlp.down_proj.weight.fill_(float("inf"))
+        return Changes()
+
+    with pytest.raises(ValueError, match=r"model\.layers\.1: its output is not finite"):
+        walk(model, BATCHES, "model.layers", visit, True, recipe())
