@@ -150,11 +150,10 @@ def _read_files(pattern: str, column: str) -> list[str]:
     files = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
     if not files:
         raise ValueError(f"data.source: no file matches {pattern}")
-    suffixes = {Path(f).suffix for f in files}
-    if len(suffixes) != 1 or (suffix := suffixes.pop()) not in READERS:
-        raise ValueError(
-            f"data.source: {pattern} names {', '.join(sorted(suffixes))} files; one of {', '.join(READERS)}"
-        )
+    suffixes = sorted({Path(f).suffix for f in files})
+    suffix = suffixes[0]
+    if len(suffixes) > 1 or suffix not in READERS:
+        raise ValueError(f"data.source: {pattern} names {', '.join(suffixes)} files; one of {', '.join(READERS)}")
     if suffix == ".txt":
         return [Path(f).read_text(encoding="utf-8") for f in files]
     rows = datasets.load_dataset(READERS[suffix], data_files=files, split="train")

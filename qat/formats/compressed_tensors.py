@@ -226,20 +226,18 @@ def load(path: Path | str) -> Checkpoint:
         raise ValueError(f"{path}: quantized by {found}; this reader serves {METHOD} {FORMAT}")
     reader = Reader(path)
     modules = [name.removesuffix(".weight_packed") for name in reader.files if name.endswith(".weight_packed")]
+    if missing := [name for name in modules if f"{name}.weight_scale" not in reader.files]:
+        raise ValueError(f"{path}: tensor {missing[0]}.weight_scale is missing")
     storage = config.get("dtype") or config.get("torch_dtype")
-    schemes = {
-        name: replace(
-            scheme, scale_dtype=None if (stored := reader.dtype(f"{name}.weight_scale")) == storage else stored
-        )
-        for name, scheme in module_schemes(path, quantization, modules).items()
-        if f"{name}.weight_scale" in reader.files
-    }
+    schemes = {}
+    for name, scheme in module_schemes(path, quantization, modules).items():
+        stored = reader.dtype(f"{name}.weight_scale")
+        schemes[name] = replace(scheme, scale_dtype=None if stored == storage else stored)
     parts = {f"{m}.{p}" for m, s in schemes.items() for p in (PARTS if not s.symmetric else PARTS[:3])}
     if strays := [n for n in reader.files if n.rpartition(".")[2] in PARTS and n not in parts]:
         raise ValueError(f"{reader.files[strays[0]]}: tensor {strays[0]} belongs to no quantized module")
-    needed = parts | {f"{name}.weight_scale" for name in modules}
-    if missing := sorted(needed - set(reader.files)):
-        raise ValueError(f"{path}: tensor {missing[0]} is missing")
+    if lost := sorted(parts - set(reader.files)):
+        raise ValueError(f"{path}: tensor {lost[0]} is missing")
 
     def read(name: str) -> QuantizedTensor:
         wanted = PARTS if not schemes[name].symmetric else PARTS[:3]
@@ -261,8 +259,10 @@ def module_schemes(path: Path, quantization: Mapping[str, Any], modules: list[st
     schemes = {key: scheme_of(f"{path}/config.json: {key}", group) for key, group in groups.items()}
     result = {}
     for name in modules:
-        hits = [key for key, group in groups.items() if any(_targets(target, name) for target in group["targets"])]
-        hits = hits or [key for key, group in groups.items() if "Linear" in group["targets"]]
+        hits = [
+            key for key, group in groups.items() if any(_targets(target, name) for target in group.get("targets", ()))
+        ]
+        hits = hits or [key for key, group in groups.items() if "Linear" in group.get("targets", ())]
         if not hits:
             raise ValueError(f"{path}/config.json: no config group speaks of the packed module {name}")
         result[name] = schemes[hits[0]]

@@ -1,0 +1,224 @@
+"""Law (f): load(save(x)) == x; golden bytes; the library and transformers decode the same weights; damage is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, recipe, scheme, tiny
+
+from qat.formats import compressed_tensors as ct
+from qat.formats.base import file_bytes
+from qat.nn.observers.minmax import MinMax
+from qat.numerics.affine import rtn
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.grid import IntGrid
+from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme
+from qat.ptq.rtn import rtn as rtn_method
+
+SCHEMES = [
+    Scheme(IntGrid(bits), granularity, symmetric)
+    for bits in range(2, 9)
+    for granularity in (PerGroup(32), PerChannel(), PerTensor())
+    for symmetric in ((True,) if isinstance(granularity, PerTensor) else (True, False))
+]
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def save(path, rules, **kwargs):
+    model = tiny(**kwargs)
+    changes = rtn_method(model, rules, [], observer=MinMax())
+    ct.save(path, model, rules, changes.tensors, changes.folded, byte_tokenizer())
+    return changes
+
+
+def same(a, b):
+    zero = a.zero_point is None if b.zero_point is None else torch.equal(a.zero_point, b.zero_point)
+    return torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and zero and a.scheme == b.scheme
+
+
+@pytest.mark.parametrize("s", SCHEMES, ids=str)
+def test_law_f_round_trip_and_the_library_decodes_the_same(tmp_path, s):
+    from qat.evaluation.foreign import library
+
+    rules = Recipe({"linears": Rule(".*_proj", s), "head": Rule("lm_head", None)})
+    changes = save(tmp_path / "m", rules)
+    checkpoint = ct.load(tmp_path / "m")
+    assert checkpoint.tensors.keys() == changes.tensors.keys()
+    for name, tensor in changes.tensors.items():
+        assert same(checkpoint.tensors[name], tensor)
+        assert checkpoint.recipe.rule_for(name)[1].weight == s
+    assert library(checkpoint)["max_abs_diff"] == 0
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_words_are_those_of_the_library(bits):
+    s = Scheme(IntGrid(bits), PerChannel(), symmetric=False)
+    codes, scale, zero = rtn(torch.randn(24, 72), s, torch.bfloat16)
+    parts = ct.pack_tensor(QuantizedTensor(codes, scale, zero, s, (24, 72)))
+    assert torch.equal(parts["weight_packed"], pack_to_int32(codes, bits))
+    assert torch.equal(parts["weight_zero_point"], pack_to_int32(zero, bits, packed_dim=0))
+    assert parts["weight_shape"].tolist() == [24, 72]
+
+
+def test_golden_bytes():
+    codes = torch.tensor([[-8, -7, -6, -5, -4, -3, 6, 7]], dtype=torch.int8)
+    tensor = QuantizedTensor(
+        codes, torch.ones(1, 1, dtype=torch.bfloat16), None, Scheme(IntGrid(4), PerChannel()), (1, 8)
+    )
+    assert ct.pack_tensor(tensor)["weight_packed"].item() & 0xFFFFFFFF == 0xFE543210
+    assert "weight_zero_point" not in ct.pack_tensor(tensor)
+
+
+def test_the_file_holds_what_arithmetic_says(tmp_path):
+    """Codes, scales, the rest in two bytes, eight bytes for each shape, and a header."""
+    save(tmp_path / "m", recipe(3))
+    model = tiny()
+    n = sum(m.weight.numel() for name, m in model.named_modules() if name.endswith("_proj"))
+    rest = sum(p.numel() for p in model.parameters()) - n
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    header = 8 + int.from_bytes((tmp_path / "m" / "model.safetensors").read_bytes()[:8], "little")
+    assert size - header == n * (3 + 16 / 32) / 8 + 2 * rest + 14 * 16
+    changes = rtn_method(model, recipe(3), [], observer=MinMax())
+    assert file_bytes(ct.state(model, changes.tensors, {}, torch.bfloat16)) == size
+
+
+def test_the_config_is_what_loaders_expect(tmp_path):
+    save(tmp_path / "m", recipe())
+    quantization = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert quantization["quant_method"] == "compressed-tensors"
+    assert quantization["ignore"] == ["lm_head"]
+    group = quantization["config_groups"]["group_0"]
+    assert group["targets"] == ["Linear"]
+    assert group["weights"]["group_size"] == 32
+
+
+def test_several_schemes_name_their_modules(tmp_path):
+    from qat.evaluation.foreign import library, transformers
+
+    rules = Recipe({"all": Rule(".*_proj", scheme(4)), "down": Rule(".*down_proj", Scheme(IntGrid(8), PerChannel()))})
+    changes = save(tmp_path / "m", rules)
+    checkpoint = ct.load(tmp_path / "m")
+    assert all(same(checkpoint.tensors[n], t) for n, t in changes.tensors.items())
+    assert library(checkpoint)["max_abs_diff"] == 0
+    assert transformers(checkpoint, None, [])["max_abs_diff"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_scale_of_another_dtype_is_kept(tmp_path, dtype):
+    s = Scheme(IntGrid(4), PerGroup(32), scale_dtype=str(dtype).removeprefix("torch."))
+    changes = save(tmp_path / "m", Recipe({"a": Rule(".*_proj", s)}))
+    assert changes.tensors[Q].scale.dtype == dtype
+    assert same(ct.load(tmp_path / "m").tensors[Q], changes.tensors[Q])
+
+
+@pytest.mark.parametrize(
+    ("weight", "input", "message"),
+    [
+        (
+            scheme(),
+            Scheme(IntGrid(8), PerToken(), dynamic=True),
+            "its input scheme int8_token_dynamic cannot be exported",
+        ),
+        (Scheme(IntGrid(4), PerChannel(), dynamic=True), None, "a dynamic scale is never stored"),
+        (Scheme(IntGrid(4), PerTensor(), symmetric=False), None, "use symmetric=true"),
+    ],
+)
+def test_what_the_format_cannot_say_is_refused_by_module(weight, input, message):
+    with pytest.raises(ValueError, match=f"^{Q}: .*{message}"):
+        ct.check_scheme(Q, weight, input)
+
+
+def test_codes_from_another_recipe_or_dtype_are_refused(tmp_path):
+    model, changes = tiny(), rtn_method(tiny(), recipe(4), [], observer=MinMax())
+    with pytest.raises(ValueError, match="quantized as int4_g32, but the recipe says int3_g32"):
+        ct.save(tmp_path / "m", model, recipe(3), changes.tensors, {}, None)
+    with pytest.raises(ValueError, match=r"scale in torch\.bfloat16, but the storage dtype is torch\.float16"):
+        ct.save(tmp_path / "m", model, recipe(4), changes.tensors, {}, None, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ct") / "m"
+    save(path, recipe(4, symmetric=False))
+    return path
+
+
+def tampered(change):
+    def apply(path):
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors")
+
+    return apply
+
+
+def reconfigured(**changes):
+    def apply(path):
+        config = json.loads((path / "config.json").read_text())
+        weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+        for key, value in changes.items():
+            (weights if key in weights else config["quantization_config"])[key] = value
+        (path / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def put(name, value):
+    return tampered(lambda t: t.__setitem__(name, value(t.get(name))))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (tampered(lambda t: t.pop(f"{Q}.weight_scale")), f"tensor {Q}.weight_scale is missing"),
+        (tampered(lambda t: t.pop(f"{Q}.weight_zero_point")), f"tensor {Q}.weight_zero_point is missing"),
+        (put(f"{Q}.weight_packed", lambda t: t[:, :-1].contiguous()), rf"model\.safetensors: {Q}\.weight_packed"),
+        (put(f"{Q}.weight_packed", lambda t: t.to(torch.int64)), rf"{Q}\.weight_packed: torch\.int64"),
+        (put(f"{Q}.weight_scale", lambda t: t * 0), rf"{Q}\.weight_scale: a scale is zero"),
+        (put(f"{Q}.weight_scale", lambda t: t / 0), rf"{Q}\.weight_scale: a scale is zero, negative or not finite"),
+        (put(f"{Q}.weight_scale", lambda t: t[:, :1].contiguous()), rf"{Q}\.weight_scale: .* expected \(64, 2\)"),
+        (put(f"{Q}.weight_shape", lambda t: t + 1), rf"{Q}\.weight_packed"),
+        (put(f"{Q}.weight_zero_point", lambda t: t[:-1].contiguous()), rf"{Q}\.weight_zero_point"),
+        (
+            put("stray.weight_scale", lambda t: torch.ones(1)),
+            r"tensor stray\.weight_scale belongs to no quantized module",
+        ),
+        (
+            reconfigured(quant_method="gptq"),
+            "quantized by 'gptq' pack-quantized; this reader serves compressed-tensors",
+        ),
+        (reconfigured(format="nvfp4-pack-quantized"), "nvfp4-pack-quantized; this reader serves"),
+        (reconfigured(num_bits=3), r"weight_packed: .* 3-bit"),
+        (reconfigured(num_bits=9), "bits=9"),
+        (reconfigured(type="float"), "type 'float'; expected pack-quantized, int"),
+        (reconfigured(strategy="block"), "strategy 'block'; expected group, channel or tensor"),
+        (reconfigured(config_groups={}), "no config group speaks of the packed module"),
+    ],
+)
+def test_damage_is_named(whole, tmp_path, damage, message):
+    path = shutil.copytree(whole, tmp_path / "m")
+    damage(path)
+    with pytest.raises(ValueError, match=message):
+        checkpoint = ct.load(path)
+        for name in checkpoint.tensors:
+            assert checkpoint.tensors[name] is not None
+
+
+@pytest.mark.slow
+def test_the_demo_model_round_trips(tmp_path, demo):
+    from qat.models import hf
+
+    model, tokenizer = hf.load(path=demo)
+    for bits, megabytes in ((4, 113), (3, 100)):
+        rules = Recipe({"linears": Rule(".*_proj", Scheme(IntGrid(bits), PerGroup(64)))})
+        changes = rtn_method(model, rules, [], observer=MinMax())
+        ct.save(tmp_path / str(bits), model, rules, changes.tensors, {}, tokenizer)
+        size = (tmp_path / str(bits) / "model.safetensors").stat().st_size
+        assert abs(size / 1e6 - megabytes) < 1
+        checkpoint = ct.load(tmp_path / str(bits))
+        assert all(same(checkpoint.tensors[n], t) for n, t in changes.tensors.items())
