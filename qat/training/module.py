@@ -47,9 +47,10 @@ class QATModule(pl.LightningModule):
         if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
             raise ValueError(f"teacher vocabulary {teacher.config.vocab_size}, student {student.config.vocab_size}")
         self.student = student
-        self._teacher = (teacher,)  # in a tuple: no submodule, so no checkpoint, no optimizer and no DDP sees it
+        # In tuples, so no submodules: no checkpoint, no optimizer and no DDP sees the teacher, or the student twice.
+        self._teacher = (teacher,)
+        self._forward = (torch.compile(student) if compiled else student,)
         self.loss, self.schedule, self.optim, self.steps = loss, schedule, optim, steps
-        self.forward_student = torch.compile(student) if compiled else student
         self.val_nll = MeanMetric()
         self.learns_scale = any(m.weight_fake_quant.estimator.learns_scale for m in fake_quants(student).values())
         self._rng: dict[str, Any] | None = None
@@ -58,6 +59,11 @@ class QATModule(pl.LightningModule):
     def teacher(self) -> PreTrainedModel | None:
         """The frozen full-precision model."""
         return self._teacher[0]
+
+    @property
+    def forward_student(self) -> Any:
+        """The student as training calls it, compiled or not."""
+        return self._forward[0]
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped by optimizer step."""
@@ -98,8 +104,8 @@ class QATModule(pl.LightningModule):
         parts = self.loss(logits, teacher, batch)
         if not bool(torch.isfinite(parts["loss"].detach())):
             raise ValueError(
-                f"loss is {float(parts['loss'])} at step {self.global_step}{self._first_bad()}; the last checkpoint is "
-                f"kept. Lower optim.lr or optim.scale_lr and run again with resume=never"
+                f"loss is {float(parts['loss'].detach())} at step {self.global_step}{self._first_bad()}; the last "
+                f"checkpoint is kept. Lower optim.lr or optim.scale_lr and run again with resume=never"
             )
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
         return parts["loss"]

@@ -204,9 +204,7 @@ def test_damage_is_named(whole, tmp_path, damage, message):
     path = shutil.copytree(whole, tmp_path / "m")
     damage(path)
     with pytest.raises(ValueError, match=message):
-        checkpoint = ct.load(path)
-        for name in checkpoint.tensors:
-            assert checkpoint.tensors[name] is not None
+        dict(ct.load(path).tensors)
 
 
 @pytest.mark.slow

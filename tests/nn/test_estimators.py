@@ -51,7 +51,7 @@ def test_lsq_gradient_scale_counts_the_elements_that_share_a_scale():
 
 
 def test_lsq_is_the_derivative_between_the_jumps():
-    """With the codes held, d/ds of (q - z) s is (q - z); straight-through adds -x/s inside. Finite differences agree."""
+    """With the codes held, d/ds of (q - z) s is q - z; straight-through adds -x/s inside. Finite differences agree."""
     x = torch.tensor([0.3, -0.9, 5.0, -7.0, 1.2], dtype=torch.float64)
     for zero in (0, 1):
 

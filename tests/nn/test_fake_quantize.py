@@ -112,7 +112,7 @@ def test_dynamic_schemes_keep_no_state():
 
 
 def test_what_is_not_finite_names_the_module():
-    with pytest.raises(ValueError, match="^w: a scale is not finite"):
+    with pytest.raises(ValueError, match=r"^w: a scale is not finite"):
         make().observe(torch.full((16, 64), float("nan")))
 
 

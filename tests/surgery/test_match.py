@@ -66,5 +66,5 @@ def test_matrices_that_are_no_linear_are_named():
             super().__init__()
             self.conv_proj = torch.nn.Conv1d(4, 4, 1)
 
-    with pytest.raises(ValueError, match="conv_proj: rule a would quantize a Conv1d; only nn.Linear"):
+    with pytest.raises(ValueError, match=r"conv_proj: rule a would quantize a Conv1d; only nn\.Linear"):
         match(Odd(), rules(a=("conv_proj", scheme())))

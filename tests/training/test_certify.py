@@ -1,0 +1,77 @@
+"""The evidence is real: it sees compiled and autocast graphs, and one weight that differs is a failure."""
+
+import pytest
+import torch
+from tiny import recipe, tiny
+
+from qat.nn.estimators import LSQ, StraightThrough
+from qat.nn.observers.minmax import MinMax
+from qat.surgery.convert import apply, convert
+from qat.surgery.prepare import fake_quants, prepare
+from qat.training.certify import certify
+from qat.training.losses import Loss
+from qat.training.module import QATModule
+from qat.training.optim import Optim
+from qat.training.phases import PhaseSchedule
+
+PROMPTS = [torch.tensor([[5, 9, 200]]), torch.tensor([[7, 7]])]
+
+
+def module(symmetric=True, schedule=None, estimator=None, **kwargs):
+    student = tiny()
+    prepare(student, recipe(3, symmetric=symmetric), MinMax(), estimator or LSQ())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    return QATModule(student, tiny(), Loss(), schedule or PhaseSchedule(), Optim(), 4, **kwargs)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "bfloat16")])
+def test_every_weight_is_seen_and_equal(symmetric, precision, dtype):
+    trained = module(symmetric)
+    tensors, folded, captured = certify(trained, PROMPTS, precision)
+    assert captured == {"modules": 14, "equal": 14, "dtype": dtype}
+    served = apply(tiny(), tensors, folded)
+    assert torch.equal(served(input_ids=PROMPTS[0]).logits, trained.student(input_ids=PROMPTS[0]).logits)
+
+
+def test_a_compiled_graph_is_watched_too():
+    trained = module()
+    trained._forward = (torch.compile(trained.student, backend="aot_eager"),)
+    trained.student.train()
+    trained.forward_student(input_ids=PROMPTS[0], use_cache=False)  # compiled before anybody watches
+    assert certify(trained, PROMPTS, "32-true")[2]["equal"] == 14
+    torch._dynamo.reset()
+
+
+def test_training_with_other_weights_is_found(monkeypatch):
+    """One code of one linear differs by one between what trains and what is converted."""
+    trained = module()
+
+    def forged(student):
+        tensors, folded = convert(student)
+        tensors["model.layers.1.mlp.up_proj"].codes[3, 5] ^= 1
+        return tensors, folded
+
+    monkeypatch.setattr("qat.training.certify.convert", forged)
+    with pytest.raises(AssertionError, match=r"model\.layers\.1\.mlp\.up_proj: training computed with other weights"):
+        certify(trained, PROMPTS, "32-true")
+
+
+def test_a_linear_that_training_bypasses_is_found():
+    trained = module()
+    block = trained.student.model.layers[0].mlp
+    block.forward = lambda x: block.down_proj(x.new_zeros(*x.shape[:-1], 128))  # gate and up never run
+    with pytest.raises(AssertionError, match="training does not compute with it"):
+        certify(trained, PROMPTS, "32-true")
+
+
+def test_scales_that_still_follow_are_taken_from_the_final_weights():
+    trained = module(schedule=PhaseSchedule(0, 100), estimator=StraightThrough())
+    tensors, _, captured = certify(trained, PROMPTS, "32-true")
+    assert captured["equal"] == 14
+    for name, linear in fake_quants(trained.student).items():
+        _, scale = linear.weight, MinMax().qparams(linear.weight, tensors[name].scheme, torch.bfloat16)[0]
+        assert torch.equal(tensors[name].scale, scale)

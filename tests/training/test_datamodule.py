@@ -1,0 +1,43 @@
+import torch
+from tiny import tokens
+
+from qat.training.datamodule import Batches, TokenData, Windows
+
+
+def test_batch_k_is_a_pure_function_of_seed_and_k():
+    windows = torch.arange(70).view(7, 10)
+    a, b = Batches(windows, 3, seed=5), Batches(windows, 3, seed=5)
+    backwards = [b.batch(k) for k in reversed(range(12))][::-1]
+    assert all(torch.equal(a.batch(k), backwards[k]) for k in range(12))
+    assert not torch.equal(torch.stack([Batches(windows, 3, 6).batch(k) for k in range(4)]), torch.stack(backwards[:4]))
+
+
+def test_iteration_starts_where_it_is_told():
+    batches = Batches(torch.arange(70).view(7, 10), 2, seed=0, start=3)
+    iterator = iter(batches)
+    assert torch.equal(next(iterator), batches.batch(3))
+    assert torch.equal(next(iterator), batches.batch(4))
+
+
+def test_an_epoch_takes_every_window_once():
+    batches = Batches(torch.arange(8)[:, None], 2, seed=0)
+    first = torch.cat([batches.batch(k) for k in range(4)]).flatten().tolist()
+    second = torch.cat([batches.batch(k) for k in range(4, 8)]).flatten().tolist()
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+
+
+def test_iterating_leaves_the_global_random_state_alone():
+    state = torch.get_rng_state()
+    iterator = iter(Batches(torch.arange(8)[:, None], 2, seed=0))
+    for _ in range(9):
+        next(iterator)
+    list(Windows(torch.arange(8)[:, None]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_validation_takes_what_there_is(tmp_path):
+    data = TokenData(tokens(tmp_path / "t", held_out=100), 16, 2, val_windows=4)
+    assert [tuple(w.shape) for w in data.val_dataloader()] == [(1, 16)] * 4
+    assert len(TokenData(tokens(tmp_path / "t", held_out=40), 16, 2, val_windows=4).val_dataloader()) == 2
+    assert TokenData(tokens(tmp_path / "t", held_out=8), 16, 2).val_dataloader() == []

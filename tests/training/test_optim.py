@@ -1,0 +1,69 @@
+import itertools
+import math
+
+import pytest
+import torch
+from tiny import recipe, tiny
+
+from qat.nn.estimators import LSQ, StraightThrough
+from qat.nn.observers.minmax import MinMax
+from qat.surgery.prepare import prepare
+from qat.training.optim import Optim
+
+
+def groups(estimator=None, **kwargs):
+    student = tiny()
+    prepare(student, recipe(), MinMax(), estimator or LSQ())
+    optimizer, schedule = Optim(**kwargs).build(student, 100)
+    return student, {g["name"]: g for g in optimizer.param_groups}, schedule
+
+
+def test_every_trainable_parameter_is_in_one_group():
+    student, found, _ = groups()
+    ids = [id(p) for g in found.values() for p in g["params"]]
+    assert sorted(ids) == sorted(id(p) for p in student.parameters() if p.requires_grad)
+    assert (len(found["weights"]["params"]), len(found["vectors"]["params"]), len(found["scales"]["params"])) == (
+        14,
+        5,
+        14,
+    )
+
+
+def test_rates_and_decay_are_those_of_the_group():
+    _, found, _ = groups(lr=0.1, scale_lr=0.2, weight_decay=0.3)
+    assert {n: (g["initial_lr"], g["weight_decay"]) for n, g in found.items()} == {
+        "weights": (0.1, 0.3), "vectors": (0.1, 0.0), "scales": (0.2, 0.0)
+    }  # fmt: skip
+
+
+def test_without_learned_scales_there_is_no_group_for_them():
+    _, found, _ = groups(StraightThrough())
+    assert set(found) == {"weights", "vectors"}
+
+
+def test_warm_up_and_cosine():
+    optim = Optim(warmup=0.1, final=0.25)
+    factors = [optim.factor(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1, rel=1e-3)
+    assert factors[9] == pytest.approx(0.25 + 0.75 * 0.5 * (1 + math.cos(math.pi * 0.09)))
+    assert factors[100] == pytest.approx(0.25)
+    assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
+    assert Optim(warmup=0.0).factor(0, 1) > 0
+
+
+@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"lr": math.nan}, {"warmup": 1.5}, {"final": -0.1}])
+def test_values_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=rf"optim\.{next(iter(bad))}="):
+        Optim(**bad)
+
+
+def test_one_step_at_1e_5_changes_the_masters():
+    """In bf16, 99.8 % of the weights would lose such a step."""
+    student, found, _ = groups(lr=1e-5, warmup=0.0)
+    before = [p.detach().clone() for p in found["weights"]["params"]]
+    optimizer, _ = Optim(lr=1e-5, warmup=0.0).build(student, 100)
+    student(input_ids=torch.arange(24).view(2, 12)).logits.square().mean().backward()
+    optimizer.step()
+    pairs = zip(before, found["weights"]["params"], strict=True)
+    changed = [float((b != p).float().mean()) for b, p in pairs]
+    assert min(changed) > 0.9
