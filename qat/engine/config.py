@@ -1,6 +1,7 @@
 """What can be asked of the engine: how it runs, and how one request is sampled. Torch-free, and checked here."""
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class EngineConfig:
         if self.max_model_len is not None:
             _integer("max_model_len", self.max_model_len, 2)
         _number("kv_memory_gib", self.kv_memory_gib, 0, 2**20, "a positive number of GiB", open_low=True)
-        if self.device not in ("auto", "cpu", "cuda") and not str(self.device).removeprefix("cuda:").isdecimal():
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device={self.device!r}: expected auto, cpu, cuda or cuda:N")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")

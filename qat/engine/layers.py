@@ -73,7 +73,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x -> its dtype and shape."""
-        return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
+        wide = x.float()
+        if self.weight.dim() == 1:
+            return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return (F.rms_norm(wide, wide.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
 
 
 class Rotation(NamedTuple):

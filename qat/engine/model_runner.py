@@ -48,7 +48,7 @@ class ModelRunner:
             self._tensor([table + [0] * (longest - len(table)) for table in tables]),
             [c.stop - c.start for c in chunks],
             [c.stop for c in chunks],
-            self.block_size,
+            self.caches[0][0].shape,
         )
         with self._precision():
             return self.model(self._tensor(tokens), self._tensor(positions), paging, self.caches)

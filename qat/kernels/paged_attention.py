@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.kernels.kv_store import rows_of
-
 
 @dataclass(frozen=True, eq=False)
 class Paging:
@@ -31,14 +29,14 @@ class Paging:
         block_tables: Blocks of each sequence, int64 `[S, most blocks]`; entries past a sequence's own are ignored.
         query_lens: Tokens that each sequence brings, in the batch's order; they sum to T.
         context_lens: Tokens that each sequence then has in the cache.
-        block_size: Tokens in a block.
+        cache_shape: Shape of a cache.
     """
 
     slots: Tensor
     block_tables: Tensor
     query_lens: Sequence[int]
     context_lens: Sequence[int]
-    block_size: int
+    cache_shape: tuple[int, ...]
 
     @cached_property
     def chunks(self) -> "list[Chunk]":
@@ -61,22 +59,23 @@ class Paging:
         longest = max(self.context_lens[i] for i in members)
         positions = torch.arange(longest, device=device).expand(len(members), -1)
         valid = positions < lengths[:, None]
-        slots = self._slots(torch.tensor(members, device=device), torch.where(valid, positions, 0))
+        read = self._vectors(torch.tensor(members, device=device), torch.where(valid, positions, 0))
         padded = any(self.context_lens[i] < longest for i in members)
-        rows = torch.tensor(starts, device=device)
-        return Chunk(rows, slots, valid[:, None, None] if padded else None, 1)
+        return Chunk(torch.tensor(starts, device=device), read, valid[:, None, None] if padded else None, 1)
 
     def _prefill(self, member: int, start: int) -> "Chunk":
         device, length, context = self.slots.device, self.query_lens[member], self.context_lens[member]
         positions = torch.arange(context, device=device)
-        slots = self._slots(torch.tensor([member], device=device), positions[None])
+        read = self._vectors(torch.tensor([member], device=device), positions[None])
         mask = positions <= torch.arange(context - length, context, device=device)[:, None]
-        rows = torch.arange(start, start + length, device=device)
-        return Chunk(rows, slots, mask, length)
+        return Chunk(torch.arange(start, start + length, device=device), read, mask, length)
 
-    def _slots(self, members: Tensor, positions: Tensor) -> Tensor:
-        blocks = self.block_tables[members[:, None], positions // self.block_size]
-        return blocks * self.block_size + positions % self.block_size
+    def _vectors(self, members: Tensor, positions: Tensor) -> Tensor:
+        """Where the vectors of positions `[n, L]` lie in `cache.view(-1, head_dim)`: `[n, kv_heads, L]`."""
+        _, kv_heads, block_size, _ = self.cache_shape
+        block = self.block_tables[members[:, None], positions // block_size]
+        heads = torch.arange(kv_heads, device=positions.device)[:, None]
+        return (block[:, None] * kv_heads + heads) * block_size + (positions % block_size)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +84,13 @@ class Chunk:
 
     Attributes:
         rows: Their places in the batch, `[n * length]`.
-        slots: What each sequence reads, `[n, L]`; padding repeats the slot of its first token.
+        read: Vectors of the cache that each sequence reads, `[n, kv_heads, L]`; padding repeats its first token's.
         mask: True where a query sees a key, broadcast over `[n, kv_heads, queries, L]`; None: everywhere.
         length: Tokens of each sequence.
     """
 
     rows: Tensor
-    slots: Tensor
+    read: Tensor
     mask: Tensor | None
     length: int
 
@@ -109,23 +108,26 @@ def paged_attention(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, paging: Pag
     Returns:
         `[T, heads, head_dim]` in q's dtype.
     """
+    if len(paging.chunks) == 1:  # it is the whole batch, in its order
+        return _attend(q_THD, k_cache, v_cache, paging.chunks[0], scale)
     out = torch.empty_like(q_THD)
-    kv_heads, dim = k_cache.shape[1], k_cache.shape[3]
     for chunk in paging.chunks:
-        n, context = chunk.slots.shape
-        rows = rows_of(chunk.slots, k_cache).transpose(1, 2).flatten()
-        k, v = (
-            c.view(-1, dim).index_select(0, rows).view(n, kv_heads, context, dim).to(q_THD.dtype)
-            for c in (k_cache, v_cache)
-        )
-        q = q_THD.index_select(0, chunk.rows)
-        if chunk.length == 1:  # the heads of a group see the same keys: they are the queries of one head
-            y = F.scaled_dot_product_attention(q.view(n, kv_heads, -1, dim), k, v, chunk.mask, scale=scale)
-            y = y.reshape(n, -1, dim)
-        else:
-            q = q.view(chunk.length, kv_heads, -1, dim).permute(1, 2, 0, 3)
-            k, v = (t[0, :, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, chunk.mask, scale=scale)
-            y = y.permute(2, 0, 1, 3).reshape(chunk.length, -1, dim)
+        y = _attend(q_THD.index_select(0, chunk.rows), k_cache, v_cache, chunk, scale)
         out.index_copy_(0, chunk.rows, y)
     return out
+
+
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: Chunk, scale: float) -> Tensor:
+    """Attention of one chunk: its queries `[n * length, heads, head_dim]` -> the same shape."""
+    (n, kv_heads, context), dim = chunk.read.shape, q.shape[-1]
+    k, v = (
+        cache.view(-1, dim).index_select(0, chunk.read.view(-1)).view(n, kv_heads, context, dim).to(q.dtype)
+        for cache in (k_cache, v_cache)
+    )
+    if chunk.length == 1:  # the heads of a group see the same keys: they are the queries of one head
+        y = F.scaled_dot_product_attention(q.reshape(n, kv_heads, -1, dim), k, v, chunk.mask, scale=scale)
+        return y.reshape(q.shape)
+    q = q.reshape(chunk.length, kv_heads, -1, dim).permute(1, 2, 0, 3)
+    k, v = (t[0, :, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, chunk.mask, scale=scale)
+    return y.permute(2, 0, 1, 3).reshape(chunk.length, -1, dim)

@@ -23,9 +23,8 @@ from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.scheme import Scheme
 
 # Weights in a tile. A weight costs up to 13 bytes of scratch on its way (octets, codes, steps, product), so even the
-# larger tile stays within 64 MB. The smaller one stays within a core's cache, and below the size from which the C
-# allocator returns memory to the system after every use.
-TILE_CPU, TILE = 1 << 19, 1 << 22
+# larger tile stays within 64 MB. The smaller one is where a CPU's caches and the cost of an operation balance.
+TILE_CPU, TILE = 1 << 20, 1 << 22
 
 
 class Weight(Protocol):

@@ -61,7 +61,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         moved = octets & (upper << shift)
         octets.sub_(moved).add_(moved >> shift)
     stream = octets.view(torch.uint8).view(-1, 8)[:, :bits].contiguous().flatten()
-    return stream.view(torch.int32).view(rows, spans * bits)[:, : num_words(columns, bits)].contiguous()
+    return (
+        stream.view(torch.int32).view(rows, spans * bits)[:, : num_words(columns, bits)].clone()
+    )  # not a view of more
 
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:

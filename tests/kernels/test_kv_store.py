@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qat.kernels.kv_store import kv_store, rows_of
+from qat.kernels.kv_store import kv_store
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
@@ -20,9 +20,3 @@ def test_writes_the_named_slots_only(block_size: int, dtype: torch.dtype) -> Non
             assert torch.equal(k_cache[slot // block_size, :, slot % block_size], k[token].to(dtype))
             assert torch.equal(v_cache[slot // block_size, :, slot % block_size], v[token].to(dtype))
     assert int((~k_cache.isnan()).sum()) == int((~v_cache.isnan()).sum()) == 3 * heads * dim
-
-
-def test_rows_of_name_the_vectors_of_a_slot() -> None:
-    cache = torch.arange(4 * 3 * 2 * 1).view(4, 3, 2, 1)
-    rows = rows_of(torch.tensor([[5, 0]]), cache)
-    assert torch.equal(cache.view(-1, 1)[rows, 0], torch.stack([cache[2, :, 1, 0], cache[0, :, 0, 0]])[None])

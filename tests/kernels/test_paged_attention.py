@@ -37,7 +37,7 @@ def batch(lengths: list[tuple[int, int]], block_size: int) -> tuple[torch.Tensor
         queries.append(torch.randn(length, HEADS, DIM))
         slots.append(own[context - length :])
         expected.append(plain(queries[-1], k, v))
-    paging = Paging(torch.cat(slots), tables, [n for n, _ in lengths], [c for _, c in lengths], block_size)
+    paging = Paging(torch.cat(slots), tables, [n for n, _ in lengths], [c for _, c in lengths], k_cache.shape)
     return paged_attention(torch.cat(queries), k_cache, v_cache, paging, SCALE), torch.cat(expected)
 
 
@@ -64,8 +64,8 @@ def test_padding_at_most_doubles_the_work() -> None:
     contexts = [1, 2, 3, 8, 9, 60, 64, 100, 127]
     slots = torch.arange(len(contexts))
     tables = torch.arange(len(contexts) * 127).view(len(contexts), 127)
-    paging = Paging(slots, tables, [1] * len(contexts), contexts, 1)
-    assert sum(chunk.slots.numel() for chunk in paging.chunks) < 2 * sum(contexts)
+    paging = Paging(slots, tables, [1] * len(contexts), contexts, (9999, 2, 1, DIM))
+    assert sum(chunk.read[:, 0].numel() for chunk in paging.chunks) < 2 * sum(contexts)
     assert sorted(torch.cat([chunk.rows for chunk in paging.chunks]).tolist()) == slots.tolist()
 
 
@@ -73,7 +73,9 @@ def test_half_precision_queries() -> None:
     k_cache = torch.randn(2, KV_HEADS, 4, DIM).bfloat16()
     v_cache = torch.randn(2, KV_HEADS, 4, DIM).bfloat16()
     q = torch.randn(1, HEADS, DIM).bfloat16()
-    y = paged_attention(q, k_cache, v_cache, Paging(torch.tensor([6]), torch.tensor([[0, 1]]), [1], [7], 4), SCALE)
+    y = paged_attention(
+        q, k_cache, v_cache, Paging(torch.tensor([6]), torch.tensor([[0, 1]]), [1], [7], k_cache.shape), SCALE
+    )
     k, v = (c.transpose(1, 2).reshape(8, KV_HEADS, DIM)[:7] for c in (k_cache, v_cache))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), plain(q, k, v), rtol=2e-2, atol=2e-2)

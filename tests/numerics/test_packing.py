@@ -26,10 +26,13 @@ def bitstream(row: list[int], bits: int) -> list[int]:
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_round_trip_and_bit_order(bits: int, columns: int) -> None:
-    codes = draw(5, columns, bits)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_round_trip_and_bit_order(bits: int, columns: int, rows: int) -> None:
+    codes = draw(rows, columns, bits)
     words = pack(codes, bits)
     assert words.dtype == torch.int32
+    assert words.is_contiguous()
+    assert words.untyped_storage().nbytes() == words.nbytes  # safetensors refuses a view of more
     assert words.tolist() == [bitstream(row, bits) for row in codes.tolist()]
     before = words.clone()
     assert torch.equal(unpack(words, bits, columns).long(), codes)

@@ -1,0 +1,140 @@
+"""Seeded draws follow the filtered distribution, and depend on (seed, position) and the row alone."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from qat.engine.config import SamplingParams
+from qat.engine.sampler import HEAD, draw, filtered, sample, uniform
+from qat.engine.sequence import Sequence
+
+ROW = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
+
+
+def sequence(position: int = 1, **params: Any) -> Sequence:
+    return Sequence(0, (1,) * position, SamplingParams(**params), max_len=10**6)
+
+
+def by_hand(row: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
+    """The filters as the parameters describe them, one token at a time."""
+    probs = torch.softmax(row.double() / temperature, -1).tolist()
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])
+    kept = order[:top_k] if top_k > 0 else order
+    mass, nucleus = sum(probs[i] for i in kept), []
+    for i in kept:
+        nucleus.append(i)
+        if sum(probs[j] for j in nucleus) >= top_p * mass:
+            break
+    kept = [i for i in nucleus if probs[i] >= min_p * probs[order[0]]]
+    total = sum(probs[i] for i in kept)
+    return [probs[i] / total if i in kept else 0.0 for i in range(len(probs))]
+
+
+FILTERS = [
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_k": 5},
+    {"temperature": 1.5, "top_p": 0.7},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 2.0, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 1.0, "top_k": 1000, "top_p": 1.0, "min_p": 0.0},
+]
+
+
+@pytest.mark.parametrize("params", FILTERS, ids=str)
+def test_filters_mean_what_they_say(params: dict[str, Any]) -> None:
+    full = {"top_k": -1, "top_p": 1.0, "min_p": 0.0} | params
+    probs = filtered(ROW, SamplingParams(**params))
+    torch.testing.assert_close(probs / probs.sum(), torch.tensor(by_hand(ROW, **full), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("params", FILTERS, ids=str)
+def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
+    """Chi-square over 20 000 seeded draws; the bound is four standard deviations above its mean."""
+    probs = filtered(ROW, SamplingParams(**params))
+    heaped = torch.tensor([uniform(11, position) for position in range(20_000)], dtype=torch.float64)
+    counts = torch.zeros(len(ROW), dtype=torch.float64)
+    shares = probs.cumsum(0) / probs.sum()
+    for token in torch.searchsorted(shares, heaped, right=True).tolist():
+        counts[token] += 1
+    for position in range(0, 20_000, 997):  # the fast count above is what draw does
+        assert draw(probs, uniform(11, position)) == int(torch.searchsorted(shares, heaped[position], right=True))
+    expected = probs / probs.sum() * 20_000
+    assert bool((counts[expected == 0] == 0).all())
+    seen = expected > 5
+    chi_square = float(((counts - expected)[seen] ** 2 / expected[seen]).sum())
+    freedom = int(seen.sum()) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 1e-9
+
+
+def test_a_large_vocabulary_gives_the_same_nucleus() -> None:
+    row = torch.randn(8 * HEAD, generator=torch.Generator().manual_seed(0)) * 0.1  # flat: the nucleus is beyond HEAD
+    for top_p in (0.01, 0.5, 0.999):
+        probs = filtered(row, SamplingParams(temperature=1.0, top_p=top_p))
+        expected = by_hand(row, 1.0, -1, top_p, 0.0) if top_p < 0.1 else None
+        share = float(probs.sum())
+        assert top_p <= share < top_p + 1e-3
+        if expected:
+            torch.testing.assert_close(probs / share, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_uniform_is_uniform_and_stateless() -> None:
+    values = torch.tensor([uniform(seed, position) for seed in range(40) for position in range(250)])
+    assert 0 <= float(values.min()) < float(values.max()) < 1
+    counts = torch.histc(values, 50, 0, 1)
+    assert float(((counts - 200) ** 2 / 200).sum()) < 49 + 4 * math.sqrt(98)
+    assert uniform(5, 7) == uniform(5, 7) != uniform(7, 5)
+    assert uniform(-(2**63), 0) != uniform(2**63 - 1, 0)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, math.nextafter(1, 0)])
+def test_draw_never_takes_a_filtered_token(u: float) -> None:
+    probs = torch.tensor([0.0, 0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
+    assert draw(probs, u) in (2, 4)
+    assert draw(torch.tensor([0.0, 1e-300, 0.0], dtype=torch.float64), u) == 1
+
+
+def test_neighbours_change_nothing() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(7, 300, generator=generator) * 3
+    sequences = [sequence(i + 1, temperature=i * 0.4, seed=i, top_p=0.9, logprobs=2) for i in range(7)]
+    together = sample(rows, sequences)
+    for i in range(7):
+        assert sample(rows[i : i + 1], sequences[i : i + 1]) == [together[i]]
+    poisoned = rows.clone()
+    poisoned[3] = torch.nan
+    assert sample(poisoned, sequences) == [*together[:3], None, *together[4:]]
+
+
+def test_greedy_is_argmax_and_a_tiny_temperature_agrees() -> None:
+    best = int(ROW.argmax())
+    for temperature in (0, 5e-324, 1e-30, 1e-3):
+        for seed in range(5):
+            (sampled,) = sample(ROW[None], [sequence(temperature=temperature, seed=seed)])
+            assert sampled is not None
+            assert sampled.token == best
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_rows_that_are_not_finite_give_nothing(poison: float, temperature: float) -> None:
+    rows = ROW.repeat(3, 1)
+    rows[1, 17] = poison
+    first, second, third = sample(rows, [sequence(temperature=temperature, seed=1) for _ in range(3)])
+    assert second is None
+    assert first == third is not None
+
+
+@pytest.mark.parametrize("temperature", [0, 1.7])
+def test_logprobs_are_of_the_raw_logits(temperature: float) -> None:
+    (sampled,) = sample(ROW[None], [sequence(temperature=temperature, top_k=3, seed=2, logprobs=4)])
+    assert sampled is not None
+    logprobs = ROW.log_softmax(-1)
+    assert sampled.logprob == pytest.approx(float(logprobs[sampled.token]), abs=1e-6)
+    assert [token for token, _ in sampled.top] == logprobs.argsort(descending=True)[:4].tolist()
+    assert [value for _, value in sampled.top] == pytest.approx(logprobs.sort(descending=True).values[:4].tolist())
+    (only,) = sample(ROW[None], [sequence(logprobs=0)])
+    assert only is not None
+    assert only.top == ()
+    assert only.logprob is not None

@@ -1,0 +1,114 @@
+"""Linears of one input are fused where they can be, and served one by one where they cannot."""
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from qat.engine.layers import Concatenated, Linear
+from qat.engine.weights import Weights
+from qat.formats import compressed_tensors
+from qat.formats.base import load_plain
+from qat.nn.packed_linear import PackedLinear
+from qat.numerics.affine import rtn
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
+from qat.numerics.grid import IntGrid
+from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme
+
+NAME = "model.layers.0.self_attn"
+QKV = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
+W4 = Scheme(IntGrid(4), PerGroup(32))
+W4_ASYM = Scheme(IntGrid(4), PerGroup(32), symmetric=False)
+W8 = Scheme(IntGrid(8), PerChannel())
+W8_TENSOR = Scheme(IntGrid(8), PerTensor())
+
+
+def opened(path: Path, reference: bool = True) -> Weights:
+    checkpoint = (compressed_tensors.load if "packed" in path.name else load_plain)(path)
+    return Weights(checkpoint, AutoConfig.from_pretrained(path), torch.device("cpu"), torch.float32, reference)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "kind"),
+    [
+        ([None, None, None], Linear),
+        ([W4, W4, W4], PackedLinear),
+        ([W4_ASYM, W4_ASYM, W4_ASYM], PackedLinear),
+        ([W4, W8, W4], Concatenated),
+        ([W8_TENSOR, W8_TENSOR, W8_TENSOR], Concatenated),
+        ([W4, None, W4], Concatenated),
+    ],
+    ids=str,
+)
+def test_fusion(saved: Callable, tmp_path: Path, schemes: list[Scheme | None], kind: type) -> None:
+    model = copy.deepcopy(saved("qwen2").model)
+    weights = {n: model.get_submodule(f"{NAME}.{n}").weight.data for n in QKV}
+    tensors = {
+        f"{NAME}.{n}": QuantizedTensor(*rtn(weights[n], scheme, torch.bfloat16), scheme, tuple(weights[n].shape))
+        for n, scheme in zip(QKV, schemes, strict=True)
+        if scheme is not None
+    }
+    rules = {name: Rule(name.replace(".", r"\."), tensor.scheme) for name, tensor in tensors.items()}
+    path = tmp_path / ("packed" if tensors else "plain")
+    if tensors:
+        compressed_tensors.save(path, model, Recipe(rules), tensors, {}, None)
+    else:
+        model.save_pretrained(path)
+    layer = opened(path).linear(NAME, QKV, 64, bias=True)
+    assert type(layer) is kind
+    x = torch.randn(3, 64)
+    expected = []
+    for name in QKV:
+        module = model.get_submodule(f"{NAME}.{name}")
+        tensor = tensors.get(f"{NAME}.{name}")
+        weight = module.weight if tensor is None else tensor.dequantize(torch.float32)
+        expected.append(torch.nn.functional.linear(x, weight, module.bias))
+    torch.testing.assert_close(layer(x), torch.cat(expected, -1))
+
+
+def test_faster_layouts_stay_within_what_is_spare(saved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved("llama", "w4_g32").path
+    packed = path.parent / "packed_link"
+    if not packed.exists():
+        packed.symlink_to(path)
+    offered: list[int] = []
+
+    def grow(layer: PackedLinear, spare: int) -> None:
+        offered.append(spare)
+        if spare >= 1000:
+            layer.bias = torch.zeros(250)  # a layout of 1000 bytes more
+
+    monkeypatch.setattr(PackedLinear, "specialize", grow)
+    weights = opened(packed, reference=False)
+    for _ in range(12):
+        weights.linear(NAME, QKV, 64)
+    assert offered[0] == int(0.08 * weights.file_bytes)
+    assert all(b == (a - 1000 if a >= 1000 else a) for a, b in pairwise(offered))
+
+
+def test_a_quantized_embedding_is_refused(saved: Callable, tmp_path: Path) -> None:
+    model = copy.deepcopy(saved("qwen2").model)
+    weight = model.get_input_embeddings().weight.data
+    tensors = {"model.embed_tokens": QuantizedTensor(*rtn(weight, W4, torch.bfloat16), W4, (256, 64))}
+    recipe = Recipe({"all": Rule("model.embed_tokens", W4)})
+    compressed_tensors.save(tmp_path / "packed", model, recipe, tensors, {}, None)
+    with pytest.raises(ValueError, match=r"model\.safetensors: model\.embed_tokens is quantized"):
+        opened(tmp_path / "packed").embedding("model.embed_tokens", 256, 64)
+
+
+def test_a_quantized_head_is_served(saved: Callable, tmp_path: Path) -> None:
+    model = copy.deepcopy(saved("qwen2").model)
+    tensor = QuantizedTensor(*rtn(model.lm_head.weight.data, W4, torch.bfloat16), W4, (256, 64))
+    compressed_tensors.save(
+        tmp_path / "packed", model, Recipe({"all": Rule("lm_head", W4)}), {"lm_head": tensor}, {}, None
+    )
+    weights = opened(tmp_path / "packed")
+    head = weights.head(weights.embedding("model.embed_tokens", 256, 64))
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(head(x), x @ tensor.dequantize(torch.float32).T)
