@@ -10,6 +10,9 @@ import pytest
 import torch
 
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`-m gpu` skips where there is no GPU."""
     if not torch.cuda.is_available():

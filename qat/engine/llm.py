@@ -1,6 +1,6 @@
 """LLM: text in, text out. Tokenizer and detokenizer around the engine; what a script or a server holds."""
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from qat.engine.engine import Engine, Event
 from qat.engine.loader import load
 from qat.engine.model_runner import ModelRunner
 from qat.formats.base import read_json
+from qat.nn.packed_linear import PackedLinear
 
 Prompt = str | Sequences[int]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -98,6 +99,12 @@ class LLM:
         if self._tokenizer is None:
             raise ValueError(f"{self.path}: holds no tokenizer; prompts must be token ids, and stop must be empty")
         return self._tokenizer
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How many linears each layout of weights, and with it each kernel, multiplies."""
+        linears = (m for m in self.loaded.model.modules() if isinstance(m, PackedLinear))
+        return dict(Counter(type(linear.weight).__name__ for linear in linears))
 
     def generate(self, prompts: Sequences[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Completes all prompts, batched as the engine finds room.
