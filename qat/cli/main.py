@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 fine, 1 failed at run time, 2 wrong configuration or usage, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # third parties' bars; tqdm reads it when it is imported
     word, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if word in ("-h", "--help", "help"):
         return guard("qat", lambda: _print(usage.overview()))

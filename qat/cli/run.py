@@ -1,5 +1,6 @@
 """qat run: full precision, every PTQ arm, QAT; export, verify, generate. Resumed by arm, by step and by block."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from qat.surgery.convert import apply
 from qat.training.loggers import wandb_logger
 
 TRAINED = "qat"
+WIDTH = 120  # of tables, where no terminal says
 
 
 def main(config: dict[str, Any]) -> int:
@@ -83,7 +85,7 @@ def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
     from qat.cli.generate import continuations
     from qat.report.plots import draw
 
-    console = Console(soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     dtype = "fp32" if bench.device.type == "cpu" else "bf16"
     console.print(arms_table(summary["arms"], f"\n{bench.config['choices']['recipe']}, judged in {dtype}"))
     for line in [*recovered_lines(summary.get("recovered", {})), "", *export_lines(summary["export"])]:
@@ -112,4 +114,5 @@ def say(text: str) -> None:
 
 
 def _shown(method: dict[str, Any]) -> str:
-    return ", ".join(f"{k}={v}" for k, v in method.items() if not k.startswith("_") and not isinstance(v, dict))
+    plain = {k: v for k, v in method.items() if not k.startswith("_") and not isinstance(v, dict)}
+    return ", ".join(f"{k}={v}" for k, v in plain.items()) or "round to nearest"

@@ -93,6 +93,8 @@ def warnings(summary: Mapping[str, Any], trained: str = "qat") -> list[str]:
             )
     if (export := summary.get("export")) and not export["verified"]:
         found.append("the export is not verified: see verify.json beside it")
+    if export and export["fast_path"] and not export["fast_path"]["passed"]:
+        found.append("the engine's fast path is beyond its bound: serve with engine.kernel=reference")
     return found
 
 

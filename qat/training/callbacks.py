@@ -46,12 +46,20 @@ class TrainingProgress(Callback):
         if not trainer.is_global_zero:
             return
         shown = f"loss {float(trainer.callback_metrics['train/loss']):.4f}  {rate:,.0f} tok/s"
-        if "val/ppl" in trainer.callback_metrics:
-            shown += f"  val ppl {float(trainer.callback_metrics['val/ppl']):.3f}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, shown=shown)
+            self._bar.update(self._task, completed=step, shown=shown + self._validated(trainer))
         elif step % self.every == 0 or step == trainer.max_steps:
             print(f"  step {step}/{trainer.max_steps}  {shown}", flush=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what a validation found, at the step that it judged."""
+        if self._bar is None and trainer.is_global_zero:
+            print(f"  step {trainer.global_step}/{trainer.max_steps}{self._validated(trainer)}", flush=True)
+
+    @staticmethod
+    def _validated(trainer: pl.Trainer) -> str:
+        ppl = trainer.callback_metrics.get("val/ppl")
+        return "" if ppl is None else f"  val ppl {float(ppl):.3f}"
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the bar."""

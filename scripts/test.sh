@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, types, contracts and tests, from nothing but Python: `bash scripts/test.sh [arguments for pytest]`.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/scripts/setup.sh"
+setup serve,report,dev "$root"
+cd "$root"
+export PATH="$root/.venv/bin:$PATH"
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+python -m pytest "$@"
