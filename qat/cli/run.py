@@ -29,7 +29,7 @@ def main(config: dict[str, Any]) -> int:
     trains = bench.config["verb"] != "ptq"
     _introduce(bench)
     if bench.config["dry_run"]:
-        bench.run.finish()
+        bench.run.finish()  # a directory of its own: a dry run takes up no other
         return 0
     summary = bench.run.read("summary.json") or {"arms": {}}
     wandb_run = tracking.open_run(bench.config, bench.run.path, bench.run.path.name)
