@@ -1,6 +1,7 @@
 """A small set of configs whose targets need no torch or are only read, and a verb for it; and one tiny finished run."""
 
 import contextlib
+import gc
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,7 @@ def finish(root: Path, tmp_path_factory: pytest.TempPathFactory):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
             patch.setenv("QAT_CACHE", str(runs / "cache"))
             assert main(arguments(root, verb, f"runs={runs}", *more)) == 0
+        gc.collect()  # Lightning's cycles would hold the run's lock, as a process does until it ends
         return Finished((runs / "latest").resolve(), runs, root, out.getvalue())
 
     return go

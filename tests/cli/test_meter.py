@@ -1,5 +1,7 @@
+import os
 import time
 
+import pytest
 import torch
 
 from qat.cli.meter import Meter
@@ -23,14 +25,14 @@ def test_time_passes_and_work_is_told_from_waiting():
 def test_a_peak_is_seen_after_the_memory_is_free_again():
     meter = Meter(torch.device("cpu"))
     before = meter.read()["peak_mem_mb"]
-    big = torch.ones(64 * 2**20 // 4 * 4)  # 256 MiB
+    big = torch.ones(64 * 2**20)  # 256 MiB
     del big
     assert meter.read()["peak_mem_mb"] >= before + 200
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux resets the mark")
 def test_a_meter_starts_from_the_memory_of_now():
-    """Where Linux lets the mark be reset; elsewhere it is the process's, and never lower."""
     big = torch.ones(64 * 2**20)
     high = Meter(torch.device("cpu")).read()["peak_mem_mb"]
     del big
-    assert Meter(torch.device("cpu")).read()["peak_mem_mb"] <= high
+    assert Meter(torch.device("cpu")).read()["peak_mem_mb"] <= high - 200

@@ -109,7 +109,7 @@ def test_the_run_directory_is_complete(finished):
     steps = [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 1  # of steps 0 and 1
     assert [p.name for p in sorted((path / "plots").iterdir())] == ["kl_vs_size.png", "ppl_vs_size.png"]
-    assert not [p for p in path.rglob("*.part")]
+    assert not list(path.rglob("*.part"))
 
 
 def test_what_it_prints(finished):
