@@ -5,8 +5,9 @@ says what the result's gradient G means for x and, where it learns the scale, fo
 
     gradients(G, v, qmin, qmax, zero_point) -> (dx, ds or None)      elementwise, fp32, all of v's shape
 
-`v` is the estimator's to overwrite; a zero point of None is 0. `ds` is summed over the elements that share a scale by the caller. Three masks are in use in the field, and they differ
-on codes that round into the grid from outside it; each estimator names its own.
+`v` is the estimator's to overwrite, and a zero point of None is 0. The caller sums `ds` over the elements that share a
+scale. Three masks are in use in the field, and they differ on codes that round into the grid from outside it; each
+estimator names its own.
 """
 
 import math

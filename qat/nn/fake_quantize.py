@@ -78,7 +78,7 @@ class FakeQuantize(nn.Module):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         self.scale.copy_(scale)
-        if self.zero_point is not None:
+        if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
         self.log_step.zero_()
 
