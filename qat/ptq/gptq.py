@@ -125,7 +125,7 @@ def quantize_weight(
     Returns:
         The quantized weight, and `{"loss": 1/2 tr(dW H dW^T) over the damped H, "damping", "fallback"}`.
     """
-    weight = weight_OI.detach().float()
+    weight = weight_OI.float()
     scale, zero_point = observer.qparams(weight, scheme, dtype)
     columns = weight.shape[1]
     order = hessian_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
