@@ -41,7 +41,9 @@ def require(package: str, extra: str) -> ModuleType:
 
 
 def guard(command: str, call: Callable[[], int], config: dict[str, Any] | None = None) -> int:
-    """Runs a command and turns what it raises into an exit status: 1 failed, 2 misconfigured, 130 interrupted.
+    """Runs a command and turns what it raises into an exit status.
+
+    1 failed, 2 misconfigured, 130 interrupted, 143 terminated.
 
     Args:
         command: What the message starts with, such as `qat run`.
@@ -51,11 +53,13 @@ def guard(command: str, call: Callable[[], int], config: dict[str, Any] | None =
     try:
         return call()
     except KeyboardInterrupt:
-        return _say(f"{command}: interrupted", 130)
+        return _say(f"{command}: interrupted{_again(config)}", 130)
     except SystemExit as stop:
-        # Lightning turns an interrupt into exit(1) after it has torn down.
+        # Lightning turns an interrupt into exit(1) after it has torn down, and SIGTERM into an exit with status 0.
         if any(isinstance(error, KeyboardInterrupt) for error in chain(stop)):
-            return _say(f"{command}: interrupted", 130)
+            return _say(f"{command}: interrupted{_again(config)}", 130)
+        if _is_a(stop, "SIGTERMException"):
+            return _say(f"{command}: terminated{_again(config)}", 143)
         raise
     except ConfigError as error:
         return _say(report(command, error.problems), 2)
@@ -96,6 +100,11 @@ def chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None:
         yield link
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _again(config: dict[str, Any] | None) -> str:
+    """What a verb that resumes says of a run that was cut off."""
+    return "; the same command goes on from there" if config and config.get("resume") == "auto" else ""
 
 
 def _say(text: str, status: int) -> int:

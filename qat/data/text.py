@@ -129,7 +129,7 @@ def fingerprint(streams: dict[str, np.ndarray]) -> str:
     sha = hashlib.sha256()
     for split in SPLITS:
         sha.update(f"{split} {len(streams[split])} ".encode())
-        sha.update(np.ascontiguousarray(streams[split], dtype="<i4"))
+        sha.update(np.ascontiguousarray(streams[split], dtype="<i4").data)
     return sha.hexdigest()
 
 

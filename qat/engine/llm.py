@@ -183,7 +183,7 @@ class LLM:
             ValueError: The checkpoint has no chat template, or the template refuses the messages.
         """
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
             return self.tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # templates are programs: they may raise anything
             raise ValueError(f"messages: the chat template cannot render them ({error})") from None

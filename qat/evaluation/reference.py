@@ -72,7 +72,7 @@ def full_precision() -> Iterator[None]:
 def save(path: Path, sequences: list[Sequence]) -> None:
     """Writes the sequences into an export directory."""
     (path / FILE).parent.mkdir(exist_ok=True)
-    parts = {}
+    parts: dict[str, Tensor] = {}
     for i, sequence in enumerate(sequences):
         length = torch.tensor(sequence.prompt)
         parts |= {f"{i}.ids": sequence.ids, f"{i}.prompt": length, f"{i}.logits": sequence.logits}

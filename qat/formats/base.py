@@ -78,7 +78,7 @@ def digest(tensor: Tensor) -> str:
     """SHA-256 over dtype, shape and bytes of a tensor."""
     data = tensor.detach().cpu().contiguous()
     sha = hashlib.sha256(f"{data.dtype} {tuple(data.shape)} ".encode())
-    sha.update(data.view(-1).view(torch.uint8).numpy())
+    sha.update(data.view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

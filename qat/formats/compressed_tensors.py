@@ -173,7 +173,7 @@ def quantization_config(tensors: Mapping[str, QuantizedTensor], linears: list[st
 
 def weights_args(scheme: Scheme) -> dict[str, Any]:
     """A scheme in the format's words."""
-    strategy = {PerTensor: "tensor", PerChannel: "channel", PerGroup: "group"}[type(scheme.granularity)]  # type: ignore[index]
+    strategy = {PerTensor: "tensor", PerChannel: "channel", PerGroup: "group"}[type(scheme.granularity)]
     return {
         "num_bits": scheme.grid.bits,
         "type": "int",
@@ -199,15 +199,19 @@ def scheme_of(where: str, group: Mapping[str, Any]) -> Scheme:
         raise ValueError(
             f"{where}: format {group.get('format')!r}, type {weights.get('type')!r}; expected {FORMAT}, int"
         )
-    strategy = weights.get("strategy")
+    strategy, bits, size = (weights.get(key) for key in ("strategy", "num_bits", "group_size"))
+    if not isinstance(bits, int):
+        raise ValueError(f"{where}: num_bits {bits!r}; expected an integer")
     granularity: Granularity
     if strategy == "group":
-        granularity = PerGroup(weights.get("group_size"))
+        if not isinstance(size, int):
+            raise ValueError(f"{where}: group_size {size!r}; expected an integer")
+        granularity = PerGroup(size)
     elif strategy in ("channel", "tensor"):
         granularity = PerChannel() if strategy == "channel" else PerTensor()
     else:
         raise ValueError(f"{where}: strategy {strategy!r}; expected group, channel or tensor")
-    return Scheme(IntGrid(weights.get("num_bits")), granularity, symmetric=bool(weights.get("symmetric", True)))
+    return Scheme(IntGrid(bits), granularity, symmetric=bool(weights.get("symmetric", True)))
 
 
 def load(path: Path | str) -> Checkpoint:

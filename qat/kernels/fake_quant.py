@@ -34,9 +34,14 @@ def fake_quantize(
     qmax: int,
     scale_dtype: torch.dtype,
     dtype: torch.dtype,
-) -> Tensor:
-    """Equal, bit for bit, to `dequantize(quantize(x))` of `numerics/affine.py` with the served scale."""
-    s = served_scale(scale, log_step, scale_dtype).float().unsqueeze(-1)
+) -> tuple[Tensor, Tensor]:
+    """Equal, bit for bit, to `dequantize(quantize(x))` of `numerics/affine.py` with the served scale.
+
+    Returns:
+        The result, and the served scale in fp32, which the gradient needs.
+    """
+    served = served_scale(scale, log_step, scale_dtype).float()
+    s = served.unsqueeze(-1)
     steps = (group(x.float(), scale) / s).round_()
     if zero_point is None:
         steps.clamp_(qmin, qmax).add_(0.0)  # -0 becomes +0, as an integer code has it
@@ -46,12 +51,12 @@ def fake_quantize(
     result = steps.mul_(s).to(dtype).reshape(x.shape)
     if _watcher is not None:
         _watcher(x, result)
-    return result
+    return result, served
 
 
 @fake_quantize.register_fake
 def _(x, scale, log_step, zero_point, qmin, qmax, scale_dtype, dtype):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype), torch.empty_like(scale, dtype=torch.float32)
 
 
 @contextmanager

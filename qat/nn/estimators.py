@@ -5,8 +5,9 @@ says what the result's gradient G means for x and, where it learns the scale, fo
 
     gradients(G, v, qmin, qmax, zero_point) -> (dx, ds or None)      elementwise, fp32, all of v's shape
 
-`ds` is summed over the elements that share a scale by the caller. Three masks are in use in the field, and they differ
-on codes that round into the grid from outside it; each estimator names its own.
+`v` is the estimator's to overwrite, and a zero point of None is 0. The caller sums `ds` over the elements that share a
+scale. Three masks are in use in the field, and they differ on codes that round into the grid from outside it; each
+estimator names its own.
 """
 
 import math
@@ -23,7 +24,7 @@ class Estimator(Protocol):
     learns_scale: ClassVar[bool]
 
     def gradients(
-        self, grad: Tensor, v: Tensor, qmin: int, qmax: int, zero_point: Tensor | float
+        self, grad: Tensor, v: Tensor, qmin: int, qmax: int, zero_point: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients for x and, elementwise, for s."""
         ...
@@ -36,7 +37,7 @@ class StraightThrough:
     learns_scale: ClassVar[bool] = False
 
     def gradients(
-        self, grad: Tensor, v: Tensor, qmin: int, qmax: int, zero_point: Tensor | float
+        self, grad: Tensor, v: Tensor, qmin: int, qmax: int, zero_point: Tensor | None
     ) -> tuple[Tensor, None]:
         """Gradient for x."""
         return grad, None
@@ -49,7 +50,7 @@ class Clipped:
     learns_scale: ClassVar[bool] = False
 
     def gradients(
-        self, grad: Tensor, v: Tensor, qmin: int, qmax: int, zero_point: Tensor | float
+        self, grad: Tensor, v: Tensor, qmin: int, qmax: int, zero_point: Tensor | None
     ) -> tuple[Tensor, None]:
         """Gradient for x."""
         code = torch.round(v)
@@ -71,11 +72,15 @@ class LSQ:
     learns_scale: ClassVar[bool] = True
 
     def gradients(
-        self, grad: Tensor, v: Tensor, qmin: int, qmax: int, zero_point: Tensor | float
+        self, grad: Tensor, v: Tensor, qmin: int, qmax: int, zero_point: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Gradients for x and s."""
-        inside = (v > qmin) & (v < qmax)
-        ds = grad * torch.where(inside, torch.round(v) - v, v.clamp(qmin, qmax) - zero_point)
+        inside = (v > qmin).logical_and_(v < qmax)
+        error = torch.round(v).sub_(v)
+        edge = v.clamp_(qmin, qmax)
+        if zero_point is not None:
+            edge.sub_(zero_point)
+        ds = torch.where(inside, error, edge).mul_(grad)
         if self.scale_gradient:
-            ds = ds / math.sqrt(v.shape[-1] * max(qmax, 1))
+            ds.div_(math.sqrt(v.shape[-1] * max(qmax, 1)))
         return grad * inside, ds

@@ -78,7 +78,7 @@ class FakeQuantize(nn.Module):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         self.scale.copy_(scale)
-        if self.zero_point is not None:
+        if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
         self.log_step.zero_()
 
@@ -129,7 +129,7 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The opaque forward, and the estimator's backward. Saves only x and the scales: v is recomputed."""
+    """The opaque forward, and the estimator's backward. Saves only x and the served scales: v is recomputed."""
 
     @staticmethod
     def forward(
@@ -142,20 +142,22 @@ class _FakeQuantize(torch.autograd.Function):
         estimator: Estimator,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x, log_step, scale, zero_point)
-        ctx.scheme, ctx.estimator = scheme, estimator
         grid = scheme.grid
-        return fake_quantize(x, scale, log_step, zero_point, grid.qmin, grid.qmax, scale.dtype, dtype)
+        result, served = fake_quantize(x, scale, log_step, zero_point, grid.qmin, grid.qmax, scale.dtype, dtype)
+        ctx.save_for_backward(x, served, zero_point)
+        ctx.scheme, ctx.estimator, ctx.learns = scheme, estimator, log_step is not None
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, log_step, scale, zero_point = ctx.saved_tensors
-        s = served_scale(scale, log_step, scale.dtype).to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
-        z: Tensor | float = 0.0 if zero_point is None else zero_point.to(s.dtype).unsqueeze(-1)
-        v = group(x.to(s.dtype), scale) / s + z
-        grad = group(grads[0].to(s.dtype), scale)
-        dx, ds = ctx.estimator.gradients(grad, v, ctx.scheme.grid.qmin, ctx.scheme.grid.qmax, z)
+        x, served, zero_point = ctx.saved_tensors
+        grid, s = ctx.scheme.grid, served.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
+        v, z = group(x.to(s.dtype), served) / s, None
+        if zero_point is not None:
+            z = zero_point.to(s.dtype).unsqueeze(-1)
+            v.add_(z)
+        dx, ds = ctx.estimator.gradients(group(grads[0].to(s.dtype), served), v, grid.qmin, grid.qmax, z)
         dlog = None
-        if ds is not None and log_step is not None and ctx.needs_input_grad[1]:
-            dlog = (ds.sum(-1) * s.squeeze(-1)).to(log_step.dtype)  # d/dlog s = s d/ds
+        if ds is not None and ctx.learns and ctx.needs_input_grad[1]:
+            dlog = (ds.sum(-1) * s.squeeze(-1)).to(torch.float32)  # d/dlog s = s d/ds
         return dx.reshape(x.shape).to(x.dtype), dlog, None, None, None, None, None

@@ -32,9 +32,8 @@ def ranges(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounds positive fp32 scales to `dtype`; one that underflows takes the dtype's smallest positive value."""
-    rounded = scale.to(dtype)
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return torch.where(rounded == 0, torch.full_like(rounded, smallest), rounded)
+    info = torch.finfo(dtype)
+    return scale.to(dtype).clamp(min=info.smallest_normal * info.eps)
 
 
 def qparams(lo: Tensor, hi: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

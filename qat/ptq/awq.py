@@ -230,7 +230,7 @@ def absorbed(block: Block, smoothing: Smoothing, scales_I: Tensor, dtype: torch.
             return scales_I
         heads = _per_head(block, smoothing, scales_I, previous.out_features)
         return heads.log().mean(1, keepdim=True).exp().expand_as(heads).reshape(-1)
-    weight = previous.weight.float()  # type: ignore[operator]
+    weight = block.module.get_parameter(f"{smoothing.previous}.weight").float()
     effective = weight / (weight / scales_I).to(dtype).float()
     return torch.where(torch.isfinite(effective) & (effective > 0), effective, torch.ones_like(effective))
 
@@ -255,7 +255,7 @@ def fold(
         if previous.bias is not None:
             changed["bias"] = (previous.bias / inverse).to(dtype)
     else:
-        changed["weight"] = (previous.weight / scales_I).to(dtype)  # type: ignore[operator]
+        changed["weight"] = (module.get_parameter(f"{smoothing.previous}.weight") / scales_I).to(dtype)
     for name in (*smoothing.linears, *_linear(smoothing.previous, previous)):
         module.get_parameter(f"{name}.weight").copy_(weights[name])
     for key, value in changed.items():

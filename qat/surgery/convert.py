@@ -67,7 +67,7 @@ def apply(
         dtype: Dtype of the weights; None keeps the model's.
     """
     shared = {id(p): p for p in model.parameters()} | {id(b): b for b in model.buffers()}
-    result = copy.deepcopy(model, memo=dict(shared))  # type: ignore[arg-type]
+    result = copy.deepcopy(model, memo=dict(shared))
     for name, tensor in tensors.items():
         _replace(result, f"{name}.weight", tensor.dequantize(dtype or model.get_parameter(f"{name}.weight").dtype))
     for name, value in folded.items():

@@ -122,7 +122,7 @@ def fit(
             max_epochs=-1,
             accumulate_grad_batches=training.accumulate,
             gradient_clip_val=training.clip,
-            precision=precision(training.precision, device),
+            precision=precision(training.precision, device),  # type: ignore[arg-type]
             val_check_interval=training.val_every * training.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,

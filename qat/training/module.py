@@ -114,7 +114,7 @@ class QATModule(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips weights and scales separately: a scale's gradient sums over its group and would drown the weights'."""
-        parts = {"weights": [], "scales": []}
+        parts: dict[str, list[Tensor]] = {"weights": [], "scales": []}
         for group in optimizer.param_groups:
             parts["scales" if group["name"] == "scales" else "weights"] += group["params"]
         for name, parameters in parts.items():

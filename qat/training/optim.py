@@ -65,5 +65,5 @@ class Optim:
                 "weight_decay": 0.0,
             },
         ]
-        optimizer = AdamW([g for g in groups if g["params"]], betas=tuple(self.betas), fused=True)
+        optimizer = AdamW([g for g in groups if g["params"]], betas=(self.betas[0], self.betas[1]), fused=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))

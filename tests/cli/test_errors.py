@@ -183,6 +183,19 @@ def test_interrupts(capsys):
         guard("qat env", lambda: sys.exit(2))
 
 
+def test_a_run_that_resumes_says_so_when_it_is_cut_off(capsys):
+    def stop(error):
+        raise error
+
+    terminated = type("SIGTERMException", (SystemExit,), {})()
+    assert guard("qat run", lambda: stop(KeyboardInterrupt()), {"resume": "auto"}) == 130
+    assert guard("qat run", lambda: stop(terminated), {"resume": "auto"}) == 143
+    assert guard("qat run", lambda: stop(terminated), {"resume": "never"}) == 143
+    again = "; the same command goes on from there"
+    lines = [f"qat run: interrupted{again}", f"qat run: terminated{again}", "qat run: terminated"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
 def test_an_interrupt_from_outside_ends_with_130_and_one_line():
     code = (
         "import sys, time; from qat.cli.errors import guard\n"

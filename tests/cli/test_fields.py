@@ -24,7 +24,7 @@ def nested(path, value):
         ("optim.lr", [1e-4, 1], [0, -1, "a", True, None]),
         ("trainer.clip", [None, 1, 0.5], [0, -1, "a"]),
         ("optim.warmup", [0, 0.1, 1.0], [-0.1, 1.1]),
-        ("trainer.precision", ["auto", "bf16-mixed"], ["bf16", 16]),
+        ("trainer.precision", ["auto", "bf16-mixed"], ["bf16", 16, "bf16-true"]),
         ("format.name", ["compressed_tensors"], ["base", "ggff", None]),
         ("server.port", [0, 8000], [-1, 65536]),
         ("sampling.top_p", [1, 0.9], [0, 1.1]),
@@ -46,6 +46,13 @@ def test_ranges(path, good, bad):
 
 def test_keys_that_are_not_there_or_not_known_yet_are_passed_over():
     assert list(check_fields({"evaluation": None, "optim": {"lr": "???"}, "logger": {"wandb": None}})) == []
+
+
+def test_eval_takes_the_sizes_of_the_run_where_it_names_none():
+    sizes = {"evaluation": {"windows": None, "seq_len": None, "batch_size": None}}
+    assert list(check_fields({"verb": "eval"} | sizes)) == []
+    assert [p.where for p in check_fields({"verb": "run"} | sizes)] == ["evaluation.seq_len", "evaluation.batch_size"]
+    assert [p.where for p in check_fields({"verb": "eval", "evaluation": {"seq_len": 1}})] == ["evaluation.seq_len"]
 
 
 def test_every_field_is_a_key_of_some_verb():

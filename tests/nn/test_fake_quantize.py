@@ -76,8 +76,8 @@ def test_the_gradient_is_the_estimators_summed_over_each_group(symmetric):
     quant(w, F32).backward(grad)
     scale, zero = quant.qparams()
     s = scale.float().unsqueeze(-1)
-    z = 0.0 if zero is None else zero.float().unsqueeze(-1)
-    v = w.detach().view(16, 2, 32) / s + z
+    z = None if zero is None else zero.float().unsqueeze(-1)
+    v = w.detach().view(16, 2, 32) / s + (0 if z is None else z)
     dx, ds = LSQ().gradients(grad.view(16, 2, 32), v, -8, 7, z)
     assert torch.allclose(w.grad, dx.view(16, 64))
     assert torch.allclose(quant.log_step.grad, ds.sum(-1) * scale.float(), rtol=1e-5, atol=1e-7)

@@ -162,6 +162,7 @@ def test_on_a_model_every_linear_is_done_and_the_model_is_left_alone():
     assert (one - full).square().mean() < (other - full).square().mean()
 
 
+@torch.no_grad()
 def test_later_linears_see_quantized_predecessors():
     """True-sequential: the Hessian of o_proj comes from quantized q, k and v."""
     model = tiny(layers=1)

@@ -17,9 +17,10 @@ def drive(progress, steps, start=0):
     progress.on_train_start(trainer, module)
     for step in range(start + 1, steps + 1):
         trainer.global_step = step
+        progress.on_train_batch_end(trainer, module, None, None, step)
         if step == 3:
             metrics["val/ppl"] = torch.tensor(12.5)
-        progress.on_train_batch_end(trainer, module, None, None, step)
+            progress.on_validation_end(trainer, module)
     progress.on_train_end(trainer, module)
     return logged
 
@@ -27,10 +28,11 @@ def drive(progress, steps, start=0):
 def test_plain_lines_away_from_a_terminal(capsys):
     logged = drive(TrainingProgress(100, every=2), 5)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+    assert [line.split()[1] for line in lines] == ["2/5", "3/5", "4/5", "5/5"]
     assert "loss 0.2500" in lines[0]
     assert "tok/s" in lines[0]
-    assert "val ppl 12.500" in lines[1]
+    assert lines[1] == "  step 3/5  val ppl 12.500"
+    assert "val ppl" not in lines[2], "an old perplexity is not the step's"
     assert len(logged) == 5
     assert all(name == "train/tokens_per_second" and value > 0 for name, value in logged)
 

@@ -51,7 +51,7 @@ class MSE(Observer):
         for i in range(self.points):
             factor = 1 - (1 - self.smallest) * i / max(self.points - 1, 1)
             scale, zero_point = qparams(lo * factor, hi * factor, scheme, dtype)
-            rounded = fake_quantize(
+            rounded, _ = fake_quantize(
                 x, scale, None, zero_point, scheme.grid.qmin, scheme.grid.qmax, scale.dtype, torch.float32
             )
             difference = rounded.sub_(x).reshape(*scale.shape, -1)
