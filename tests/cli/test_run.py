@@ -180,7 +180,7 @@ def test_an_interrupt_is_130_and_can_be_resumed(start, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "ptq_arm", interrupt)
     status, _, err = start()
-    assert (status, err) == (130, "qat run: interrupted\n")
+    assert (status, err) == (130, "qat run: interrupted; the same command goes on from there\n")
     assert load((tmp_path / "runs" / "latest").resolve(), "run.json")["status"] == "running"
 
 
