@@ -9,7 +9,6 @@ os.environ.setdefault("WANDB_SILENT", "true")
 import pytest
 import torch
 
-
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 

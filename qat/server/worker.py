@@ -138,7 +138,7 @@ class Worker:
         for ticket in arrived:
             self._add(ticket)
         for ticket in left:
-            if ticket.id is not None and self._tickets.pop(ticket.id, None):
+            if ticket.id is not None and self._tickets.pop(ticket.id, None) is not None:
                 self.llm.abort(ticket.id)
         if self._tickets and time.monotonic() >= self._deadline:
             self._end_all("the server is shutting down, and the time to finish is over")

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -87,13 +88,7 @@ def test_a_turn_that_is_too_long_alone_is_refused_and_forgotten(llm):
 
 
 def test_an_answer_that_fails_is_no_turn(llm, monkeypatch):
-    def fail(tokens, **options):
-        raise RuntimeError("no such text")
-
     conversation = talk(llm)
-    monkeypatch.setattr(llm.tokenizer, "decode", fail)
-    monkeypatch.setattr(llm.engine.runner, "logits", lambda hidden: hidden.new_full((len(hidden), 256), float("nan")))
-    monkeypatch.undo()
     logits = llm.engine.runner.logits
     monkeypatch.setattr(llm.engine.runner, "logits", lambda hidden: logits(hidden) * float("nan"))
     conversation.say("one")
@@ -125,10 +120,11 @@ def test_an_interrupt_stops_the_answer_and_nothing_else(llm):
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step():
-    with pytest.raises(KeyboardInterrupt), chat.interrupts() as seen:
+    with chat.interrupts() as seen:
         signal.raise_signal(signal.SIGINT)
         assert len(seen) == 1
-        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_at_the_end_of_a_pipe(path, llm, capsys, monkeypatch):
@@ -182,7 +178,7 @@ def test_in_a_terminal(path):
         nonlocal said
         deadline = time.monotonic() + seconds
         while text not in said:
-            assert time.monotonic() < deadline, said
+            assert select.select([master], [], [], max(0, deadline - time.monotonic()))[0], said
             said += os.read(master, 1000).decode(errors="replace")
         said = said.partition(text)[2]
 
@@ -193,6 +189,7 @@ def test_in_a_terminal(path):
         until("...")
         process.send_signal(signal.SIGINT)
         until("> ", 5)
+        time.sleep(0.3)  # it reads by now; a signal just before that is noticed with the next line only
         process.send_signal(signal.SIGINT)
         until("> ")
         os.write(master, b"\x04")

@@ -50,7 +50,7 @@ def test_a_served_run_from_start_to_end(run):
         said = "".join(lines)
         match = re.search(r"Serving first at (http://127\.0\.0\.1:\d+/v1)", said)
         assert match, said
-        assert "14 by" in said
+        assert "linears     8 by Int4Weight" in said
         assert "256 tokens (64 blocks of 4)" in said
         curl = shlex.split(lines[-1])
         url, headers = curl[1], dict([curl[curl.index("-H") + 1].split(": ")])

@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 
 from qat.engine.llm import Delta
@@ -33,7 +35,10 @@ def test_a_whole_chat():
 def test_whole_completions_of_two_prompts():
     made = answer(False, logprobs=False).whole(7, [DELTAS, DELTAS[2:]])
     assert made["object"] == "text_completion"
-    assert [(c["index"], c["text"], c["finish_reason"]) for c in made["choices"]] == [(0, "éab", "stop"), (1, "b", "stop")]
+    assert [(c["index"], c["text"], c["finish_reason"]) for c in made["choices"]] == [
+        (0, "éab", "stop"),
+        (1, "b", "stop"),
+    ]
     assert made["usage"]["completion_tokens"] == 4
 
 
@@ -71,11 +76,11 @@ def test_the_pieces_of_a_stream_add_up(chat):
     if chat:
         assert [choice["delta"] for choice in choices] == [{}, {"content": "éa"}, {"content": "b"}]
         assert made.opening()["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-        assert sum((choice["logprobs"]["content"] for choice in choices), []) == whole["logprobs"]["content"]
+        assert [*chain(*(choice["logprobs"]["content"] for choice in choices))] == whole["logprobs"]["content"]
     else:
         assert "".join(choice["text"] for choice in choices) == whole["text"]
         for key, values in whole["logprobs"].items():
-            assert sum((choice["logprobs"][key] for choice in choices), []) == values
+            assert [*chain(*(choice["logprobs"][key] for choice in choices))] == values
     closing = made.closing(7, 3)
     assert closing["choices"] == []
     assert closing["usage"] == made.whole(7, [DELTAS])["usage"]

@@ -334,7 +334,9 @@ def test_a_client_that_leaves_frees_its_blocks(serve, slow, stream, path):
         slow(serving.llm)
         asked = {"prompt": "abc"} if path == "/completions" else {"messages": MESSAGES}
         body = json.dumps(GREEDY | ON | asked | {"max_tokens": 200, "stream": stream}).encode()
-        head = f"POST /v1{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        head = (
+            f"POST /v1{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        )
         address = ("127.0.0.1", int(serving.url.split(":")[2].split("/")[0]))
         sockets = [socket.create_connection(address) for _ in range(2)]  # the second one waits for the first
         for one in sockets:
@@ -356,7 +358,7 @@ def test_a_client_that_leaves_frees_its_blocks(serve, slow, stream, path):
 def test_a_full_queue(serve, slow):
     with serve(max_num_seqs=1, max_queue=1) as serving:
         slow(serving.llm)
-        asked = {"prompt": "abc", "max_tokens": 60, "stream": True, "extra_body": ON, **GREEDY}
+        asked = {"prompt": "abc", "max_tokens": 30, "stream": True, "extra_body": ON, **GREEDY}
         streams = [serving.client.completions.create(**asked) for _ in range(2)]
         response = post(serving, prompt="abc")
         assert error_of(response, 429)["code"] == "queue_full"
