@@ -144,8 +144,8 @@ class EventStream(StreamingResponse):
 
 
 def event(content: dict[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    """A server-sent event. In ASCII: some clients take U+2028 for the end of a line."""
+    return f"data: {json.dumps(content)}\n\n"
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

@@ -412,18 +412,22 @@ def test_an_engine_that_fails_answers_everyone(serve, slow):
 
 @pytest.mark.parametrize("seconds", [10, 0.1])
 def test_what_runs_at_shutdown_ends_in_time(serve, slow, seconds):
-    with serve(max_num_seqs=1, drain_seconds=seconds) as serving:
+    with ThreadPoolExecutor(1) as pool, serve(max_num_seqs=1, drain_seconds=seconds) as serving:
         slow(serving.llm)
         asked = {"prompt": "abc", "max_tokens": 60, "stream": True, "extra_body": ON, **GREEDY}
         streams = [serving.client.completions.create(**asked) for _ in range(2)]
-        next(streams[0])
+        whole = pool.submit(post, serving, prompt="abc")
+        while serving.app.state.worker.num_open < 3:
+            time.sleep(0.005)
         serving.server.should_exit = True
         if seconds == 10:
             assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length", "length"]
+            assert whole.result().status_code == 200
         else:
             for stream in streams:
                 with pytest.raises(openai.APIError, match="shutting down"):
                     list(stream)
+            assert error_of(whole.result(), 503)["message"].startswith("the server is shutting down")
         serving.thread.join(5)
         assert not serving.thread.is_alive()
         with pytest.raises(httpx.ConnectError):

@@ -26,8 +26,9 @@ def request(messages):
 
 
 def test_an_event():
-    assert event({"text": "é\n"}) == 'data: {"text": "é\\n"}\n\n'
-    assert json.loads(event({"text": "é\n"})[6:]) == {"text": "é\n"}
+    text = "é\n\r\u2028\x85\x1e"
+    assert event({"text": text}).splitlines() == [event({"text": text}).strip(), ""]
+    assert json.loads(event({"text": text})[6:]) == {"text": text}
 
 
 def test_work_ends_when_the_client_is_gone():
