@@ -174,10 +174,12 @@ def steal(manager: BlockManager, request: Request) -> None:
 
 
 def share(manager: BlockManager, request: Request) -> None:
-    """A block is free while somebody holds it."""
-    block = request.block_table[-1]
-    manager._references[block] = 0
-    manager._free.appendleft(block)
+    """A block that somebody else uses, counted as if it was meant so: the tokens alone can tell."""
+    others = [b for b, count in enumerate(manager._references) if count and b not in request.block_table]
+    if others:
+        own, request.block_table[-1] = request.block_table[-1], others[0]
+        manager._references[own], manager._references[others[0]] = 0, 2
+        manager._free.append(own)
 
 
 def keep(manager: BlockManager, request: Request) -> None:
