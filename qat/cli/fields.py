@@ -148,7 +148,7 @@ FIELDS: dict[str, Check] = {
     "server.port": whole(0, 65535),
     "server.name": text(null=True),
     "server.max_queue": whole(0),
-    "server.drain_seconds": UNSIGNED,
+    "server.drain_seconds": number("seconds from 0 to 86400", lambda x: 0 <= x <= 86400),
     "sampling.max_tokens": whole(),
     "sampling.temperature": UNSIGNED,
     "sampling.top_p": number("a number above 0, at most 1", lambda x: 0 < x <= 1),

@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from fastapi import FastAPI
@@ -36,9 +38,17 @@ class Serving:
     server: listen.Server
     thread: threading.Thread
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=30)
+
+    @cached_property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, verify=False)  # certificates take long to load
+
+    def close(self) -> None:
+        self.client.close()
+        self.http.close()
 
     def wait_until_free(self, seconds: float = 10) -> None:
         """Until no block is held; then nothing may be lost."""
@@ -73,9 +83,11 @@ def running(llm: LLM, max_queue: int = 16, drain_seconds: float = 10) -> Iterato
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.005)
+    serving = Serving(url, llm, app, server, thread)
     try:
-        yield Serving(url, llm, app, server, thread)
+        yield serving
     finally:
+        serving.close()
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()

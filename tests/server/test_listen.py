@@ -4,9 +4,11 @@ import socket
 import threading
 import time
 
+import httpx
 import pytest
 
 from qat.server import listen
+from qat.server.app import create
 
 
 def test_a_port_in_use_or_an_address_of_another_machine():
@@ -46,10 +48,6 @@ def test_signals():
 
 def test_run_returns_after_a_signal_and_everything_is_closed(build):
     """In this very process: a signal neither kills it nor leaves a thread behind."""
-    import httpx
-
-    from qat.server.app import create
-
     app = create(build(), "tiny", 1)
     bound = listen.bind("127.0.0.1", 0)
     url = listen.url(bound)
@@ -71,3 +69,38 @@ def test_run_returns_after_a_signal_and_everything_is_closed(build):
     assert said[0].status_code == 200
     assert signal.getsignal(signal.SIGTERM) == before
     assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+
+
+def test_a_second_signal_does_not_wait(build, slow):
+    llm = build()
+    slow(llm)
+    app = create(llm, "tiny", 1)
+    bound = listen.bind("127.0.0.1", 0)
+    bound.listen()
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 250, "stream": True, "ignore_eos": True}
+    ended = []
+
+    def ask():
+        with httpx.stream("POST", listen.url(bound) + "/completions", json=body, timeout=30) as response:
+            pieces = response.iter_text()
+            next(pieces)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+            assert next(pieces)
+            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                ended.append("".join(pieces))
+            except httpx.HTTPError as error:
+                ended.append(error)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    start = time.monotonic()
+    listen.run(app, bound, 30)
+    asker.join(5)
+    assert time.monotonic() - start < 2
+    assert len(ended) == 1
+    assert "length" not in str(ended[0])
+    assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+    llm.check_integrity()
+    assert llm.engine.blocks.num_free == llm.engine.blocks.num_blocks
