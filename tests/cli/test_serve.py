@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -17,6 +19,7 @@ from tiny_export import export
 from qat.cli import serve
 from qat.cli.errors import MissingExtra
 from qat.cli.main import main
+from qat.server import listen
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,6 +81,37 @@ def test_a_port_in_use_is_one_sentence_before_the_model_is_loaded(run, capsys, m
         assert main(["serve", str(run / "export" / "compressed_tensors"), f"server.port={port}"]) == 1
     words = f"qat serve: server.port={port}: cannot be used on 127.0.0.1 (Address already in use); choose another\n"
     assert capsys.readouterr().err == words
+
+
+def test_a_failed_engine_is_told_by_the_exit_status(run, monkeypatch):
+    def fail():
+        raise RuntimeError("illegal memory access")
+
+    def open_llm(config):
+        llm = serve_open_llm(config)
+        llm.step = fail
+        return llm
+
+    serve_open_llm, statuses = serve.open_llm, []
+    monkeypatch.setattr(serve, "open_llm", open_llm)
+    with listen.bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+
+    def ask():
+        url = f"http://127.0.0.1:{port}"
+        while not statuses:
+            try:
+                statuses.append(httpx.post(url + "/v1/completions", json={"model": "first", "prompt": "a"}).status_code)
+            except httpx.ConnectError:
+                time.sleep(0.02)
+        statuses.append(httpx.get(url + "/health").status_code)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    assert main(["serve", f"run={run}", f"server.port={port}", "engine.device=cpu"]) == 1
+    asker.join()
+    assert statuses == [500, 503]
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
