@@ -73,7 +73,7 @@ def test_run_returns_after_a_signal_and_everything_is_closed(build):
 
 def test_a_second_signal_does_not_wait(build, slow):
     llm = build()
-    slow(llm)
+    slow(llm, 0.03)
     app = create(llm, "tiny", 1)
     bound = listen.bind("127.0.0.1", 0)
     bound.listen()
@@ -98,7 +98,7 @@ def test_a_second_signal_does_not_wait(build, slow):
     start = time.monotonic()
     listen.run(app, bound, 30)
     asker.join(5)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5
     assert len(ended) == 1
     assert "length" not in str(ended[0])
     assert not [thread for thread in threading.enumerate() if thread.name == "engine"]

@@ -189,7 +189,7 @@ def test_draining_has_an_end(run, slow):
         worker.drain(0.2)
         worker.drain(10)  # a second word does not prolong it
         outputs = await collect(tickets)
-        assert 0.1 < time.monotonic() - start < 1
+        assert 0.1 < time.monotonic() - start < 3
         assert {deltas[-1].finish_reason for deltas in outputs} == {"error"}
         assert "shutting down" in outputs[0][-1].message
 
