@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
+from qat.cli.errors import require
 from qat.report.compare import as_markdown, compare
 from qat.report.plots import draw
 from qat.report.runs import read
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
     else:
         Console().print(Markdown(as_markdown(comparison)))
     if arguments.plots:
+        require("matplotlib", extra="report")
         for file in draw([run.path for run in runs], Path(arguments.plots)):
             print(f"plot: {file}")
     return 0

@@ -82,6 +82,9 @@ def explain(error: BaseException, config: dict[str, Any] | None = None) -> str |
         return _import(error)
     if text := _memory(error) or _network(error, config):
         return text
+    if any(_full(link) for link in chain(error)):  # PyTorch and safetensors wrap it in errors of their own
+        file = getattr(error, "filename", None)
+        return f"the disk is full{f' at {file}' if file else ''}; free some space, or set QAT_RUNS to another disk"
     if isinstance(error, OSError):
         return _system(error)
     if _is_a(error, "SafetensorError"):
@@ -172,14 +175,20 @@ def _wanted(text: str, config: dict[str, Any]) -> tuple[str, str]:
     return "the model or the data set", "model.path= or data.path="
 
 
+def _full(error: BaseException) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    named = isinstance(error, OSError) and error.errno in codes
+    return named or (_is_a(error, "SafetensorError") and any(f"(os error {code})" in str(error) for code in codes))
+
+
 def _system(error: OSError) -> str | None:
     where = f" {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{f' at{where}' if where else ''}; free some space, or set QAT_RUNS to another disk"
     if error.errno in UNWRITABLE:
         return f"no permission to use{where or ' a file'}; choose another directory (runs=DIR, or QAT_RUNS)"
     if error.errno == errno.ENOENT:
         return f"no such file or directory:{where}" if where else _line(error)
+    if error.errno == errno.ENOTDIR:
+        return f"a file is where a directory should be:{where}; choose another directory (runs=DIR, or QAT_RUNS)"
     if error.errno == errno.EADDRINUSE:
         return "the port is taken; choose another with server.port="
     return _line(error)

@@ -29,7 +29,7 @@ def main(config: dict[str, Any]) -> int:
     trains = bench.config["verb"] != "ptq"
     _introduce(bench)
     if bench.config["dry_run"]:
-        bench.run.finish()
+        bench.run.finish()  # a directory of its own: a dry run takes up no other
         return 0
     summary = bench.run.read("summary.json") or {"arms": {}}
     wandb_run = tracking.open_run(bench.config, bench.run.path, bench.run.path.name)
@@ -100,8 +100,9 @@ def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
     spent = meter.read()
     summary["cost"] = summary.get("cost", {}) | {f"run_{key}": value for key, value in spent.items()}
     bench.run.write("summary.json", summary)
-    for file in draw([bench.run.path], bench.run.path / "plots"):
-        say(f"plot: {file}")
+    files = draw([bench.run.path], bench.run.path / "plots")
+    for line in [f"plot: {file}" for file in files] or ["no plots: they need matplotlib (pip install 'qat[report]')"]:
+        say(line)
     say(f"\n{spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU s. Next:")
     for command in ("qat chat run=latest", "qat serve run=latest", "qat compare runs/latest", "qat verify run=latest"):
         say(f"  {command}")

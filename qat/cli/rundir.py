@@ -1,7 +1,7 @@
 """The run directory: fixed by the parent process, resumed if unfinished, never used by two processes at once.
 
 runs/<experiment>/<time>-<id>/{config.yaml, run.json, metrics.jsonl, summary.json, checkpoints/, export/, plots/}
-runs/latest -> the newest
+runs/latest -> the one that was begun or taken up last
 """
 
 import fcntl
@@ -24,19 +24,22 @@ NOT_NUMERIC = ("runs", "resume", "dry_run", "logger")  # keys that a resumed run
 
 
 class RunDir:
-    """One run's directory, locked by this process for as long as it lives.
+    """One run's directory, locked for as long as this object lives, and its process.
 
     Attributes:
         path: Absolute.
         resumed: Whether an unfinished run goes on here.
     """
 
-    def __init__(self, path: Path, lock: Any, resumed: bool):
+    def __init__(self, path: Path, lock: int, resumed: bool):
         self.path, self._lock, self.resumed = path, lock, resumed
+
+    def __del__(self) -> None:
+        os.close(self._lock)
 
     @classmethod
     def open(cls, config: dict[str, Any]) -> "RunDir":
-        """Finds the run to go on with, as `resume` says, or makes a new one.
+        """Finds the run to go on with, as `resume` says, or makes a new one. A dry run takes up nothing.
 
         Raises:
             ValueError: `resume` names a directory that is no run, is in use, or has another configuration.
@@ -46,24 +49,28 @@ class RunDir:
         experiment = config["choices"].get("experiment") or config["verb"]
         sha = config_sha(config)
         wanted = config["resume"]
-        if wanted not in ("auto", "never"):
-            return cls._resume(Path(wanted).expanduser().absolute(), sha, explicit=True)
-        if wanted == "auto":
+        dry = config["dry_run"]
+        if wanted not in ("auto", "never") and not dry:
+            found = cls._resume(_named(root, wanted).resolve(), sha)
+            _link(root, found.path)
+            return found
+        if wanted == "auto" and not dry:
             for path in sorted((root / experiment).glob("*-*"), reverse=True):
-                state = _read(path / "run.json")
-                if state.get("config_sha") == sha and state.get("status") != "finished" and (lock := _lock(path)):
-                    return cls(path, lock, resumed=True)
+                if _resumable(path, sha) and (lock := _lock(path)) is not None:
+                    if _resumable(path, sha):  # still, now that it is ours
+                        _link(root, path)
+                        return cls(path, lock, resumed=True)
+                    os.close(lock)
         path = root / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         path.mkdir(parents=True)
         lock = _lock(path)
         assert lock is not None, "a new directory is nobody's"
-        link = root / f".latest.{os.getpid()}"
-        link.symlink_to(path.relative_to(root))
-        link.replace(root / "latest")
+        if not dry:
+            _link(root, path)
         return cls(path, lock, resumed=False)
 
     @classmethod
-    def _resume(cls, path: Path, sha: str, explicit: bool) -> "RunDir":
+    def _resume(cls, path: Path, sha: str) -> "RunDir":
         state = _read(path / "run.json")
         if not state:
             raise ValueError(f"resume={path}: no run directory (it has no run.json)")
@@ -124,12 +131,12 @@ class RunDir:
 
 
 def find(runs: str, run: str) -> Path:
-    """The directory of a run: `latest`, or a path.
+    """The directory of a run: `latest`, or a path, as it is or below `runs`.
 
     Raises:
         ValueError: There is no such run.
     """
-    path = Path(runs).expanduser() / "latest" if run == "latest" else Path(run).expanduser()
+    path = _named(Path(runs).expanduser(), run)
     if not (path / "run.json").is_file():
         raise ValueError(
             f"run={run}: no run at {path}; start one with `qat run experiment=quickstart`, or name another"
@@ -153,6 +160,7 @@ def export_of(runs: str, run: str) -> Path:
 def config_sha(config: dict[str, Any]) -> str:
     """SHA-256 of everything in a resolved config that can change a number."""
     content = {key: value for key, value in config.items() if key not in NOT_NUMERIC}
+    content["choices"] = {key: value for key, value in config["choices"].items() if key not in NOT_NUMERIC}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -180,13 +188,32 @@ def git() -> dict[str, Any] | None:
     return {"sha": sha.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
-def _lock(path: Path) -> Any | None:
-    """An open file whose lock dies with the process; None if another process holds it."""
-    file = (path / ".lock").open("w")
+def _named(runs: Path, run: str) -> Path:
+    """The directory that a name stands for: `latest` below `runs`, else as it is, else below `runs`."""
+    path = Path(run).expanduser()
+    return runs / path if run == "latest" or (not path.is_dir() and (runs / path).is_dir()) else path
+
+
+def _resumable(path: Path, sha: str) -> bool:
+    state = _read(path / "run.json")
+    return state.get("config_sha") == sha and state.get("status") != "finished"
+
+
+def _link(root: Path, path: Path) -> None:
+    link = root / f".latest.{os.getpid()}"
+    root.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(path.resolve(), root.resolve()))
+    link.replace(root / "latest")
+
+
+def _lock(path: Path) -> int | None:
+    """An open file, whose lock dies with the process; None if another process holds it."""
+    file = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        os.close(file)
         return None
     return file
 

@@ -155,7 +155,7 @@ def _read_files(pattern: str, column: str) -> list[str]:
     if len(suffixes) > 1 or suffix not in READERS:
         raise ValueError(f"data.source: {pattern} names {', '.join(suffixes)} files; one of {', '.join(READERS)}")
     if suffix == ".txt":
-        return [Path(f).read_text(encoding="utf-8") for f in files]
+        return [text for f in files if (text := Path(f).read_text(encoding="utf-8"))]
     rows = datasets.load_dataset(READERS[suffix], data_files=files, split="train")
     return _column(rows, column, pattern)
 

@@ -23,7 +23,8 @@ def recovered(arms: dict[str, dict[str, Any]], trained: str = "qat", reference: 
 
     Returns:
         `{"vs_<ptq>": {"kl", "nll"}, ..., "vs_best_ptq": {"kl": {"value", "winner"}, "nll": ..., "candidates"}}`; nll is
-        None where the PTQ method lost less than three paired standard errors, so that the quotient would be noise.
+        None where the PTQ method lost less than three paired standard errors, so that the quotient would be noise, or
+        where a single window has none.
     """
     candidates = [name for name in arms if name in PTQ]
     found: dict[str, Any] = {}
@@ -32,7 +33,8 @@ def recovered(arms: dict[str, dict[str, Any]], trained: str = "qat", reference: 
         windows = [torch.tensor(a["windows"]["nll"], dtype=torch.float64) for a in (ptq, full)]
         noise = standard_error(windows[0], ptq["tokens"] // len(windows[0]), windows[1])
         lost = ptq["nll"] - full["nll"]
-        nll = (ptq["nll"] - own["nll"]) / lost if lost > SIGNIFICANT * noise else None
+        known = len(windows[0]) > 1  # a single window has no standard error
+        nll = (ptq["nll"] - own["nll"]) / lost if known and lost > SIGNIFICANT * noise else None
         found[f"vs_{name}"] = {"kl": 1 - own["kl"] / ptq["kl"] if ptq["kl"] > 0 else None, "nll": nll}
     if candidates:
         best = {metric: min(candidates, key=lambda n: arms[n][metric]) for metric in ("kl", "nll")}

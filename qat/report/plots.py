@@ -12,7 +12,7 @@ def draw(paths: list[Path], directory: Path) -> list[Path]:
     """Draws the plots of some runs into a directory and returns the files; none if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     runs = [read(path) for path in paths]
     return [_pareto(runs, metric, label, directory) for metric, label in (("ppl", "perplexity"), ("kl", "KL, nats"))]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-SAME = ("data", "model", "evaluation", "export")  # sections of the config that judge, not what is judged
 EXEMPT = ("choices", "runs", "resume", "dry_run", "logger", "verb")
 
 

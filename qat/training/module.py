@@ -51,7 +51,7 @@ class QATModule(pl.LightningModule):
         self._teacher = (teacher,)
         self._forward = (torch.compile(student) if compiled else student,)
         self.loss, self.schedule, self.optim, self.steps = loss, schedule, optim, steps
-        self.val_nll = MeanMetric()
+        self.val_nll = MeanMetric(nan_strategy="disable")  # NaN stays NaN
         self.learns_scale = any(m.weight_fake_quant.estimator.learns_scale for m in fake_quants(student).values())
         self._rng: dict[str, Any] | None = None
 

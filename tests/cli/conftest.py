@@ -1,10 +1,16 @@
-"""A small set of configs whose targets need no torch or are only read, and a verb for it."""
+"""A small set of configs whose targets need no torch or are only read, and a verb for it; and one tiny finished run."""
 
+import contextlib
+import gc
+import io
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from tiny_run import arguments, material
 
+from qat.cli.main import main
 from qat.cli.tree import Tree
 from qat.cli.verbs import Verb
 
@@ -106,3 +112,40 @@ def run() -> Verb:
 @pytest.fixture(scope="session")
 def look() -> Verb:
     return Verb("look", "help", "detail", ("qat look", "qat look"), "look", directory=True)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its directory, and what it printed."""
+
+    path: Path
+    runs: Path
+    root: Path
+    out: str
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model/` and `tokens/`."""
+    return material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="session")
+def finish(root: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Runs a verb to its end, once, in runs of its own."""
+
+    def go(verb: str, *more: str) -> Finished:
+        runs, out = tmp_path_factory.mktemp(verb), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+            patch.setenv("QAT_CACHE", str(runs / "cache"))
+            assert main(arguments(root, verb, f"runs={runs}", *more)) == 0
+        gc.collect()  # Lightning's cycles would hold the run's lock, as a process does until it ends
+        return Finished((runs / "latest").resolve(), runs, root, out.getvalue())
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def finished(finish) -> Finished:
+    """`qat run`, whole."""
+    return finish("run")

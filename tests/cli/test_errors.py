@@ -40,6 +40,11 @@ def made(name, *bases):
         (OSError(errno.ENOSPC, "No space left", "/full/disk"), "the disk is full at /full/disk"),
         (OSError(errno.EACCES, "Permission denied", "/locked"), "no permission to use /locked"),
         (OSError(errno.EROFS, "Read-only", "/sealed"), "no permission to use /sealed"),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/x"),
+            "a file is where a directory should be: /file/x",
+        ),
+        (made("SafetensorError")("I/O error: No space left on device (os error 28)"), "the disk is full; free"),
         (OSError(errno.EADDRINUSE, "in use"), "the port is taken"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/gone"), "no such file or directory: /gone"),
         (made("OutOfMemoryError", RuntimeError)("CUDA out of memory. Tried ..."), "the GPU's memory is full; lower"),
@@ -59,6 +64,19 @@ def test_what_a_user_can_meet_is_one_sentence(error, words, capsys, monkeypatch)
     assert text.startswith("qat run: ")
     assert words in text
     assert text.count("\n") == 1
+
+
+def test_a_full_disk_is_found_behind_what_pytorch_makes_of_it(capsys):
+    """torch.save raises a RuntimeError about positions in its archive, in the context of the system's own error."""
+
+    def save():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    assert guard("qat run", save) == 1
+    assert capsys.readouterr().err.startswith("qat run: the disk is full; free some space")
 
 
 @pytest.mark.parametrize(

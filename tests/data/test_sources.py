@@ -79,3 +79,10 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
     with pytest.raises(ValueError, match="has no column 'text'; it has body"):
         LocalFiles(str(tmp_path / "a.jsonl")).documents(words)
+
+
+def test_an_empty_text_file_is_no_document(tmp_path):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.txt").write_text("text")
+    documents = LocalFiles(str(tmp_path / "*.txt")).documents(len)
+    assert sorted(text for split in documents.values() for text in split) == ["text"]

@@ -65,3 +65,10 @@ def test_clipping_keeps_weights_and_scales_apart():
     groups["vectors"][0].grad[0] = float("inf")
     with pytest.raises(ValueError, match="the gradient of the weights is inf at step 0"):
         found.configure_gradient_clipping(optimizer, 10.0, "norm")
+
+
+def test_one_window_that_is_not_a_number_is_not_left_out_of_the_mean():
+    found = module()
+    found.val_nll.update(torch.tensor(1.0), weight=31)
+    found.val_nll.update(torch.tensor(float("nan")), weight=31)
+    assert bool(found.val_nll.compute().isnan())

@@ -1,0 +1,68 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qat.cli.arms import _progress, judged
+from qat.evaluation.divergence import Scores
+
+BENCH = SimpleNamespace(config={"seed": 3})
+SPENT = {"seconds": 1.0, "cpu_seconds": 2.0, "peak_mem_mb": 3}
+
+
+def scores(nll, kl=None, agree=None):
+    double = [None if part is None else torch.tensor(part, dtype=torch.float64) for part in (nll, kl, agree)]
+    return Scores(10, *double)
+
+
+def test_an_entry_of_the_summary():
+    fp = judged(BENCH, scores([20.0, 30.0, 40.0]), None, 100, 16, 16, SPENT, [])
+    rows = [{"name": "a.b", "fallback": "singular"}]
+    arm = judged(BENCH, scores([22.0, 32.0, 45.0], [1.0, 2.0, 3.0], [9, 8, 10]), fp, 50, 5.5, 4.5, SPENT, rows)
+    assert arm["nll"] == pytest.approx(3.3)
+    assert arm["ppl"] == pytest.approx(27.1126, rel=1e-4)
+    assert arm["kl"] == pytest.approx(0.2)
+    assert arm["top1_agree"] == pytest.approx(0.9)
+    assert arm["tokens"] == 30
+    assert arm["nll_se"] == pytest.approx(torch.tensor([0.2, 0.2, 0.5]).std().item() / 3**0.5)
+    assert (arm["bytes"], arm["bits_per_weight"], arm["bits_per_quantized_weight"]) == (50, 5.5, 4.5)
+    assert (arm["seed"], arm["fallbacks"], arm["seconds"]) == (3, ["a.b"], 1.0)
+    assert arm["windows"] == {"nll": [22.0, 32.0, 45.0], "kl": [1.0, 2.0, 3.0]}
+
+
+def test_full_precision_diverges_from_nothing():
+    fp = judged(BENCH, scores([20.0, 30.0]), None, 100, 16, 16, SPENT, [])
+    assert (fp["kl"], fp["top1_agree"], fp["windows"]["kl"]) == (0.0, 1.0, None)
+    assert fp["nll_se"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_cannot_be_judged(bad):
+    with pytest.raises(ValueError, match="not finite on the test windows; nothing can be judged"):
+        judged(BENCH, scores([20.0, bad]), None, 100, 16, 16, SPENT, [])
+
+
+def test_progress_is_said_about_five_times_and_at_the_end(capsys):
+    show = _progress("gptq")
+    for done in range(1, 31):
+        show(done, 30)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[-1] == "  gptq: block 30/30"
+    _progress("awq")(1, 1)
+    assert capsys.readouterr().out == "  awq: block 1/1\n"
+
+
+def test_every_arm_leaves_the_model_as_it_was(finished, root):
+    """The run's fp arm and the model's own file agree after all the other arms have come and gone."""
+    import json
+
+    from qat.data.text import load
+    from qat.evaluation.divergence import evaluate, mean
+    from qat.models import hf
+
+    model, _ = hf.load("tiny", str(root / "model"))
+    windows = load(root / "tokens").windows("test", 32, 4)
+    fp = json.loads((finished.path / "summary.json").read_text())["arms"]["fp"]
+    own = evaluate(model, windows, None, 2)
+    assert fp["nll"] == mean(own.nll, own.tokens)

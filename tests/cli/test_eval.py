@@ -1,0 +1,62 @@
+import json
+import math
+
+import pytest
+
+from qat.cli.main import main
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_the_runs_own_export_on_the_runs_own_windows(finished, capsys):
+    """What the run said of its arm is found again, from the file alone."""
+    (finished.path / "evaluations.jsonl").unlink(missing_ok=True)
+    assert main(["eval", f"runs={finished.runs}", "device=cpu"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    arm = json.loads((finished.path / "summary.json").read_text())["arms"]["qat"]
+    for key in ("ppl", "nll", "kl", "top1_agree", "tokens"):
+        assert row[key] == pytest.approx(arm[key], rel=1e-9), key
+    assert row["ppl"] == pytest.approx(math.exp(row["nll"]))
+    assert row["split"] == "test"
+    assert row["dtype"] == "float32"
+    assert row["kl_se"] > 0
+    facts = json.loads((finished.path / "run.json").read_text())
+    assert row["data"] == facts["data"]["fingerprint"]
+    assert lines(finished.path) == [row]
+
+
+def test_other_windows_of_another_split(finished, capsys):
+    path = finished.path / "export" / "compressed_tensors"
+    more = ["split=validation", "evaluation.windows=2", "evaluation.seq_len=16", "device=cpu"]
+    assert main(["eval", str(path), f"runs={finished.runs}", *more]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["tokens"] == 2 * 15
+    assert row["seq_len"] == 16
+    assert row["split"] == "validation"
+    assert lines(finished.path)[-1] == row
+
+
+def test_more_windows_than_there_are(finished, capsys):
+    assert main(["eval", f"runs={finished.runs}", "evaluation.windows=99", "device=cpu"]) == 1
+    err = capsys.readouterr().err
+    assert "99 asked for" in err
+    assert err.count("\n") == 1
+
+
+def test_without_a_run(tmp_path, capsys):
+    assert main(["eval", f"runs={tmp_path}"]) == 1
+    assert "run=latest: no run at" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model(finished, tmp_path, capsys):
+    import shutil
+
+    copy = shutil.copytree(finished.path / "export" / "compressed_tensors", tmp_path / "ct")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    assert main(["eval", str(copy), f"runs={finished.runs}", "device=cpu"]) == 1
+    err = capsys.readouterr().err
+    assert "vocabulary 300, the run's 256" in err
+    assert err.count("\n") == 1

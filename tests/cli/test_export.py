@@ -1,0 +1,63 @@
+import json
+
+import pytest
+
+from qat.cli.main import main
+from qat.formats import compressed_tensors
+from qat.formats.base import quantized_digests
+
+
+def export(finished, tmp_path, *more):
+    return main(["export", f"runs={finished.runs}", f"out={tmp_path / 'out'}", *more])
+
+
+def digests(path):
+    tensors = compressed_tensors.load(path).tensors
+    return {key: value for name in tensors for key, value in quantized_digests(name, tensors[name]).items()}
+
+
+def test_the_trained_arm_again_has_the_same_codes(finished, tmp_path, capsys):
+    before = {p.name: p.read_bytes() for p in finished.path.glob("*.json")}
+    assert export(finished, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert str(tmp_path / "out") in out
+    assert "train == serve: VERIFIED" in out
+    assert digests(tmp_path / "out") == digests(finished.path / "export" / "compressed_tensors")
+    certificate = json.loads((tmp_path / "out" / "verify.json").read_text())
+    assert certificate["checks"]["captured"]["equal"] == 7
+    assert {p.name: p.read_bytes() for p in finished.path.glob("*.json")} == before
+
+
+@pytest.mark.parametrize("arm", ["rtn", "gptq", "awq"])
+def test_a_post_training_arm(finished, tmp_path, capsys, arm):
+    """GPTQ and AWQ are taken from the kept blocks; nothing is searched again."""
+    assert export(finished, tmp_path, f"arm={arm}") == 0
+    assert f"{arm}: block" not in capsys.readouterr().out
+    certificate = json.loads((tmp_path / "out" / "verify.json").read_text())
+    assert certificate["arm"] == arm
+    assert certificate["verified"]
+    assert "not applicable" in certificate["captured"]
+
+
+def test_arms_have_codes_of_their_own(finished, tmp_path):
+    assert export(finished, tmp_path, "arm=rtn") == 0
+    assert digests(tmp_path / "out") != digests(finished.path / "export" / "compressed_tensors")
+
+
+def test_an_arm_that_the_run_does_not_have(finished, tmp_path, capsys):
+    assert export(finished, tmp_path, "arm=autoround") == 1
+    assert capsys.readouterr().err == "qat export: arm=autoround: the run has qat, rtn, gptq, awq\n"
+
+
+def test_a_directory_with_something_else_in_it_is_not_overwritten(finished, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert export(finished, tmp_path, "arm=rtn") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_without_a_run(tmp_path, capsys):
+    assert main(["export", f"runs={tmp_path}"]) == 1
+    assert "run=latest: no run at" in capsys.readouterr().err

@@ -1,0 +1,29 @@
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def trained(finish):
+    return finish("train")
+
+
+def test_one_trained_arm_exported_and_verified(trained):
+    summary = json.loads((trained.path / "summary.json").read_text())
+    assert list(summary["arms"]) == ["fp", "qat"]
+    assert summary["export"]["verified"]
+    assert summary["recovered"] == {}
+    assert trained.path.parent.name == "train"
+    assert (trained.path / "export" / "compressed_tensors" / "model.safetensors").is_file()
+
+
+def test_it_trains_what_the_whole_comparison_trains(trained, finished):
+    mine, whole = (json.loads((run.path / "summary.json").read_text())["arms"]["qat"] for run in (trained, finished))
+    assert mine["windows"] == whole["windows"]
+
+
+def test_cross_entropy_alone_needs_no_teacher_and_recovers_against_no_distilled_reference(finish):
+    run = finish("train", "loss=ce", "trainer.max_steps=1")
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["export"]["verified"]
+    assert "recovered" not in summary  # it would be judged against a fine-tuned model, and there is none

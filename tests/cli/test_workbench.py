@@ -1,0 +1,104 @@
+import json
+import logging
+import os
+
+import pytest
+import torch
+import yaml
+from tiny import tiny
+from tiny_run import arguments
+
+from qat.cli.main import positional
+from qat.cli.rundir import RunDir
+from qat.cli.tree import Tree
+from qat.cli.validate import validate
+from qat.cli.verbs import VERBS
+from qat.cli.workbench import cast, device_name, open_workbench, pick_device, quiet
+
+
+@pytest.fixture
+def config(root, tmp_path):
+    verb, *texts = arguments(root, "run", f"runs={tmp_path / 'runs'}")
+    found, problems = validate(VERBS[verb], positional(VERBS[verb], texts), Tree.of([]))
+    assert problems == []
+    return found
+
+
+def test_everything_an_arm_works_on(config, root):
+    bench = open_workbench(config)
+    assert bench.device == torch.device("cpu")
+    assert bench.dtype == torch.bfloat16
+    assert bench.windows.shape == (4, 32)
+    assert torch.cat(bench.calibration).shape == (2, 32)
+    assert len(bench.plan.quantized) == 7
+    assert all(p.dtype == torch.float32 for p in bench.model.parameters())
+    assert bench.judged is bench.model
+    assert [len(p) for p in bench.prompts] == [len(text) for text in bench.config["prompts"]]
+    assert bench.config["observer"]["points"] == 4
+    assert bench.config["calibration"]["batch_size"] == 1
+    assert bench.build("observer").points == 4
+    facts = json.loads((bench.run.path / "run.json").read_text())
+    assert facts["data"] == {"path": str(root / "tokens"), "fingerprint": bench.tokens.fingerprint}
+    assert yaml.safe_load((bench.run.path / "config.yaml").read_text()) == bench.config
+
+
+def test_choices_by_device_are_made(config):
+    config["optim"]["lr"] = {"cpu": 1.0, "cuda": 2.0}
+    assert open_workbench(config).config["optim"]["lr"] == 1.0
+
+
+def test_a_run_that_is_given_stays_as_it_is(config):
+    path = open_workbench(config).run.path
+    before = {name: (path / name).read_bytes() for name in ("config.yaml", "run.json")}
+    bench = open_workbench(config | {"seed": 5}, RunDir.existing(path))
+    assert bench.run.path == path
+    assert {name: (path / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("key", ["data", "calibration", "evaluation"])
+def test_sequences_beyond_the_models_context(config, tmp_path, key):
+    config[key]["seq_len"] = 257
+    with pytest.raises(ValueError, match=rf"{key}\.seq_len=257: the model takes 256 tokens at most"):
+        open_workbench(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_recipe_must_fit_the_model(config, tmp_path):
+    config["recipe"]["rules"]["linears"]["match"] = "nothing"
+    with pytest.raises(ValueError, match="matches no module"):
+        open_workbench(config)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device=cuda: this machine has 0 CUDA devices; use device=cpu"):
+        pick_device("cuda")
+
+
+def test_threads_are_set_where_they_are_asked_for(config):
+    before = torch.get_num_threads()
+    try:
+        bench = open_workbench(config | {"threads": before + 1})
+        assert torch.get_num_threads() == bench.run.facts["threads"] == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cast_keeps_buffers_and_ties():
+    model = cast(tiny(), torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_third_parties_are_quiet_and_the_users_choice_stands(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    quiet()
+    assert logging.getLogger("transformers").level == logging.ERROR
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_the_device_has_a_name():
+    assert device_name(torch.device("cpu"))

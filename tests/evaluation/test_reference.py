@@ -1,0 +1,106 @@
+"""Reference logits are the model's own, and survive the file bit for bit."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny
+
+from qat.evaluation.reference import FILE, decode, full_precision, load, save
+
+PROMPT = torch.tensor([5, 9, 200, 31])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def sequence(model):
+    return decode(model, PROMPT, 12)
+
+
+def test_tokens_are_those_that_transformers_generates(model, sequence):
+    expected = model.generate(PROMPT[None], max_new_tokens=12, do_sample=False, eos_token_id=None, use_cache=True)
+    assert sequence.ids.tolist() == expected[0].tolist()
+    assert sequence.prompt == 4
+    assert sequence.generated == expected[0, 4:].tolist()
+    assert len(set(sequence.generated)) > 3
+
+
+def test_row_t_precedes_token_t_plus_1(model, sequence):
+    with torch.no_grad():
+        whole = model(input_ids=sequence.ids[None]).logits[0]
+    assert sequence.logits.shape == (15, 256)
+    assert sequence.logits.dtype == torch.float32
+    assert torch.allclose(sequence.logits, whole[:-1], atol=1e-5)
+    assert sequence.logits[3:].argmax(-1).tolist() == sequence.generated
+
+
+def test_eos_does_not_stop_it(model, sequence):
+    eos = sequence.generated[1]
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = model.config.eos_token_id = eos
+    try:
+        again = decode(model, PROMPT, 12)
+    finally:
+        model.generation_config.eos_token_id = model.config.eos_token_id = before
+    assert torch.equal(again.ids, sequence.ids)
+
+
+def test_autocast_around_it_changes_nothing(model, sequence):
+    with torch.autocast("cpu", torch.bfloat16):
+        again = decode(model, PROMPT, 12)
+    assert torch.equal(again.logits, sequence.logits)
+
+
+def test_full_precision_is_undone_afterwards():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            with full_precision():
+                assert torch.get_float32_matmul_precision() == "highest"
+                assert not torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_enabled("cpu")
+        with pytest.raises(KeyError), full_precision():
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_load_of_save_is_the_same(tmp_path, model):
+    sequences = [decode(model, torch.tensor(prompt), 3) for prompt in ([5, 9], [77], [1, 2, 3])]
+    save(tmp_path, sequences)
+    found = load(tmp_path)
+    assert len(found) == 3
+    for a, b in zip(sequences, found, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.logits, b.logits)
+        assert a.prompt == b.prompt
+
+
+def test_the_file_lies_apart_from_the_weights(tmp_path, sequence):
+    """Serving tools read every safetensors file in a checkpoint directory as weights."""
+    save(tmp_path, [sequence])
+    assert list(tmp_path.glob("*.safetensors")) == []
+    assert (tmp_path / FILE).is_file()
+
+
+def test_no_file_is_no_reference(tmp_path):
+    assert load(tmp_path) == []
+
+
+def test_a_damaged_file_is_named(tmp_path, model):
+    save(tmp_path, [decode(model, torch.tensor(prompt), 3) for prompt in ([5, 9], [77])])
+    file = tmp_path / FILE
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"reference\.safetensors: damaged"):
+        load(tmp_path)
+    file.write_bytes(whole)
+    parts = load_file(file)
+    del parts["0.ids"], parts["1.ids"], parts["1.prompt"]
+    save_file(parts, file)
+    with pytest.raises(ValueError, match=r"reference\.safetensors: damaged"):
+        load(tmp_path)
