@@ -144,6 +144,8 @@ FIELDS: dict[str, Check] = {
     "server.host": text(),
     "server.port": whole(0, 65535),
     "server.name": text(null=True),
+    "server.max_queue": whole(0),
+    "server.drain_seconds": number("seconds from 0 to 86400", lambda x: 0 <= x <= 86400),
     "sampling.max_tokens": whole(),
     "sampling.temperature": UNSIGNED,
     "sampling.top_p": number("a number above 0, at most 1", lambda x: 0 < x <= 1),

@@ -77,6 +77,7 @@ def save(path: Path, sequences: list[Sequence]) -> None:
         length = torch.tensor(sequence.prompt)
         parts |= {f"{i}.ids": sequence.ids, f"{i}.prompt": length, f"{i}.logits": sequence.logits}
     save_file(parts, path / FILE)
+    (path / FILE).chmod((path / "config.json").stat().st_mode)
 
 
 def load(path: Path) -> list[Sequence]:

@@ -238,6 +238,8 @@ def write_directory(
     if tokenizer is not None:
         tokenizer.save_pretrained(part)
     save_torch_state_dict(dict(state), part, metadata=METADATA, max_shard_size="50GB")
+    for file in part.glob("*.safetensors"):
+        file.chmod((part / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)
 

@@ -27,6 +27,8 @@ def nested(path, value):
         ("trainer.precision", ["auto", "bf16-mixed"], ["bf16", 16, "bf16-true"]),
         ("format.name", ["compressed_tensors"], ["base", "ggff", None]),
         ("server.port", [0, 8000], [-1, 65536]),
+        ("server.max_queue", [0, 8], [-1, 1.5, None]),
+        ("server.drain_seconds", [0, 2.5], [-1, None, float("inf")]),
         ("sampling.top_p", [1, 0.9], [0, 1.1]),
         ("sampling.temperature", [0, 0.7], [-0.1]),
         ("model.path", [None, "a"], ["", 3]),

@@ -173,7 +173,21 @@ def steal(manager: BlockManager, request: Request) -> None:
         request.block_table[0] = (request.block_table[0] + 1) % manager.num_blocks
 
 
-@pytest.mark.parametrize("sabotage", [leak, swap, steal])
+def share(manager: BlockManager, request: Request) -> None:
+    """A block that somebody else uses, counted as if it was meant so: the tokens alone can tell."""
+    others = [b for b, count in enumerate(manager._references) if count and b not in request.block_table]
+    if others:
+        own, request.block_table[-1] = request.block_table[-1], others[0]
+        manager._references[own], manager._references[others[0]] = 0, 2
+        manager._free.append(own)
+
+
+def keep(manager: BlockManager, request: Request) -> None:
+    """A sequence without blocks believes that its cache is still there: what preemption took is not computed anew."""
+    request.num_computed = max(0, len(request) - 1)
+
+
+@pytest.mark.parametrize("sabotage", [leak, swap, steal, share, keep])
 @pytest.mark.parametrize("integrity", [True, False])
 def test_the_torture_bites(sabotage: Callable, integrity: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A corrupted table or a lost block fails the run: by integrity, or by the tokens alone."""
@@ -186,12 +200,14 @@ def test_the_torture_bites(sabotage: Callable, integrity: bool, monkeypatch: pyt
         if sabotage is leak and calls > 20:
             leak(self, request)
         free(self, request)
+        if sabotage is keep:
+            keep(self, request)
 
     def bad_allocate(self: BlockManager, request: Request, length: int) -> None:
         nonlocal calls
         allocate(self, request, length)
         calls += 1
-        if sabotage is not leak and calls % 20 == 0:
+        if sabotage not in (leak, keep) and calls % 20 == 0:
             sabotage(self, request)
 
     monkeypatch.setattr(BlockManager, "free", bad_free)
