@@ -20,6 +20,13 @@ def sequence(model):
     return decode(model, PROMPT, 12)
 
 
+@pytest.fixture
+def directory(tmp_path):
+    """An export as far as it matters here."""
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
 def test_tokens_are_those_that_transformers_generates(model, sequence):
     expected = model.generate(PROMPT[None], max_new_tokens=12, do_sample=False, eos_token_id=None, use_cache=True)
     assert sequence.ids.tolist() == expected[0].tolist()
@@ -69,10 +76,10 @@ def test_full_precision_is_undone_afterwards():
         torch.set_float32_matmul_precision("highest")
 
 
-def test_load_of_save_is_the_same(tmp_path, model):
+def test_load_of_save_is_the_same(directory, model):
     sequences = [decode(model, torch.tensor(prompt), 3) for prompt in ([5, 9], [77], [1, 2, 3])]
-    save(tmp_path, sequences)
-    found = load(tmp_path)
+    save(directory, sequences)
+    found = load(directory)
     assert len(found) == 3
     for a, b in zip(sequences, found, strict=True):
         assert torch.equal(a.ids, b.ids)
@@ -80,27 +87,33 @@ def test_load_of_save_is_the_same(tmp_path, model):
         assert a.prompt == b.prompt
 
 
-def test_the_file_lies_apart_from_the_weights(tmp_path, sequence):
+def test_the_file_lies_apart_from_the_weights(directory, sequence):
     """Serving tools read every safetensors file in a checkpoint directory as weights."""
-    save(tmp_path, [sequence])
-    assert list(tmp_path.glob("*.safetensors")) == []
-    assert (tmp_path / FILE).is_file()
+    save(directory, [sequence])
+    assert list(directory.glob("*.safetensors")) == []
+    assert (directory / FILE).is_file()
+
+
+def test_whoever_may_read_the_export_may_read_the_reference(directory, sequence):
+    (directory / "config.json").chmod(0o644)
+    save(directory, [sequence])
+    assert (directory / FILE).stat().st_mode & 0o777 == 0o644
 
 
 def test_no_file_is_no_reference(tmp_path):
     assert load(tmp_path) == []
 
 
-def test_a_damaged_file_is_named(tmp_path, model):
-    save(tmp_path, [decode(model, torch.tensor(prompt), 3) for prompt in ([5, 9], [77])])
-    file = tmp_path / FILE
+def test_a_damaged_file_is_named(directory, model):
+    save(directory, [decode(model, torch.tensor(prompt), 3) for prompt in ([5, 9], [77])])
+    file = directory / FILE
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"reference\.safetensors: damaged"):
-        load(tmp_path)
+        load(directory)
     file.write_bytes(whole)
     parts = load_file(file)
     del parts["0.ids"], parts["1.ids"], parts["1.prompt"]
     save_file(parts, file)
     with pytest.raises(ValueError, match=r"reference\.safetensors: damaged"):
-        load(tmp_path)
+        load(directory)
