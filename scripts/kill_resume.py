@@ -94,10 +94,14 @@ def main() -> int:
             runs = root / str(trial)
             wanted, delay = moments.randrange(1, steps), moments.uniform(0, per_step)
             seen = kill(runs, args.overrides, wanted, delay)
+            saved = max((_step(path) for path in runs.glob("*/*/checkpoints/step=*.ckpt")), default=0)
             lines = finish(runs, args.overrides)
-            resumed = [line.split()[-1] for line in lines if line.strip().startswith("resumed at step")]
+            resumed = [int(line.split()[-1]) for line in lines if line.strip().startswith("resumed at step")]
+            assert resumed == ([saved] if 0 < saved < steps else []), (
+                f"{saved} steps were kept; it resumed at {resumed}"
+            )
             equal = digests(runs) == expected
-            rows.append({"killed_after_step": seen, "resumed_at": int(resumed[0]) if resumed else 0, "equal": equal})
+            rows.append({"killed_after_step": seen, "resumed_at": saved, "equal": equal})
             print(f"trial {trial}: killed after step {seen} of {steps}, resumed at {rows[-1]['resumed_at']}, "
                   f"{'equal' if equal else 'DIFFERENT'}", flush=True)  # fmt: skip
     print(f"{sum(row['equal'] for row in rows)} of {args.times} equal, bit for bit")

@@ -77,7 +77,7 @@ def save(path: Path, sequences: list[Sequence]) -> None:
         length = torch.tensor(sequence.prompt)
         parts |= {f"{i}.ids": sequence.ids, f"{i}.prompt": length, f"{i}.logits": sequence.logits}
     save_file(parts, path / FILE)
-    (path / FILE).chmod((path / "config.json").stat().st_mode)
+    (path / FILE).chmod((path / FILE).parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
 
 
 def load(path: Path) -> list[Sequence]:

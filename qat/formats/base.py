@@ -239,7 +239,7 @@ def write_directory(
         tokenizer.save_pretrained(part)
     save_torch_state_dict(dict(state), part, metadata=METADATA, max_shard_size="50GB")
     for file in part.glob("*.safetensors"):
-        file.chmod((part / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
+        file.chmod(part.stat().st_mode & 0o666)  # safetensors lets only the owner read
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)
 

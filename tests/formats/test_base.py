@@ -37,6 +37,14 @@ def test_a_plain_model_round_trips_through_a_complete_directory(tmp_path, tied):
     assert (tmp_path / "m" / "generation_config.json").exists()
 
 
+def test_whoever_reads_the_directory_reads_its_files(tmp_path):
+    write_directory(
+        tmp_path / "out", tiny(), None, unquantized_state(tiny(), {}, {}, torch.bfloat16), None, torch.bfloat16
+    )
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] == (tmp_path / "out").stat().st_mode & 0o666
+
+
 def test_file_bytes_is_the_size_of_the_file(tmp_path):
     state = unquantized_state(tiny(), {}, {}, BF16) | {
         "w.codes": torch.zeros(7, 3, dtype=torch.int32),
