@@ -364,5 +364,9 @@ def test_a_folder_that_says_what_is_not_true_is_found(tmp_path):
     (folder / "a.py").touch()
     (folder / "b.py").touch()
     (tests / "test_a.py").write_text("def test_one():\n    pass\n")
-    (folder / "README.md").write_text("# x\n## Files\n`a.py`\n`test_a.py::test_one` `test_a.py::test_two`\n")
+    (folder / "models").mkdir()
+    (folder / "models" / "c.py").touch()
+    (folder / "README.md").write_text(
+        "# x\n## Files\n`a.py`\n`models/<family>.py`\n`test_a.py::test_one` `test_a.py::test_two`\n"
+    )
     assert stale(folder, tests) == ["test_a.py::test_two", "b.py"]

@@ -162,8 +162,10 @@ def test_an_interrupted_run_goes_on_by_arm_and_by_step(start, tmp_path, monkeypa
     assert [p.name for p in (path / "checkpoints").glob("step=*")] == ["step=2.ckpt"]
 
     monkeypatch.setattr(module, "export", export)
+    monkeypatch.setattr("qat.report.plots.draw", lambda *_: [])  # as without matplotlib
     status, out, _ = start()
     assert status == 0
+    assert "no plots: they need matplotlib (pip install 'qat[report]')" in out
     assert "\nawq: " not in out
     assert "step 2/2" not in out
     facts = load(path, "run.json")
