@@ -65,11 +65,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--commit", help="of runs that were made where git was not")
+    parser.add_argument("--commit", help="of the files that ran, where the run could not know it")
     args = parser.parse_args()
     runs = [read(run) for run in args.runs]
     for run in runs:
-        run["meta"]["commit"] = run["meta"]["commit"] or args.commit
+        run["meta"]["commit"] = args.commit or run["meta"]["commit"]
         print(table(run))
     if args.json:
         content = {

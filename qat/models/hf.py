@@ -4,9 +4,11 @@ The only place that imports `AutoModelForCausalLM`. What it returns is full prec
 of the storage dtype, so that the `fp` arm is exactly what an unquantized export would serve.
 """
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import warnings
@@ -150,9 +152,9 @@ def load_quantized(path: Path, dtype: torch.dtype | None, dequantize: bool) -> P
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if dequantize:
         kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    with warnings.catch_warnings():
+    bars = io.StringIO()  # compressed-tensors draws five and has no switch for them
+    with warnings.catch_warnings(), contextlib.redirect_stderr(bars), torch.no_grad():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # that is how one asks
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
-    with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)  # decompresses on the first forward
     return model

@@ -139,7 +139,9 @@ def fit(
         trainer.fit(module.train(), datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    trainer.save_checkpoint(directory / "checkpoints" / f"step={trainer.global_step}.ckpt")
+    last = directory / "checkpoints" / f"step={trainer.global_step}.ckpt"
+    if not last.exists():
+        trainer.save_checkpoint(last)
     student.to(device)
     taken = trainer.global_step - first
     return module, {"steps": taken, "tokens": taken * per_step, "seconds": time.monotonic() - start}
