@@ -143,42 +143,58 @@ class Engine:
         """Whether a step would have anything to do."""
         return bool(self._sequences)
 
-    def score(self, tokens: Sequences[int], prefill: int | None = None) -> Tensor:
-        """Logits after every token of a text, through the cache as in generation.
+    def score(self, texts: Sequences[Sequences[int]], prefill: Sequences[int] | None = None) -> list[Tensor]:
+        """Logits after every token of some texts, through the cache and in one batch, as in generation.
 
         Args:
-            tokens: The text.
-            prefill: Tokens computed as a prompt is, in chunks; the others are fed one by one, as when decoding. None:
-                all of them.
+            texts: Token ids of each.
+            prefill: How many tokens of each are computed as a prompt is, in chunks; the others are fed one by one, as
+                when decoding. None: all of them.
 
         Returns:
-            fp32 `[len(tokens), V]`, on the CPU.
+            fp32 `[len(text), V]` for each text, on the CPU.
 
         Raises:
-            ValueError: The text does not fit the model, or the blocks that are free now.
+            ValueError: A text does not fit the model, or all together do not fit the blocks that are free now.
         """
-        tokens = self._check_tokens(tokens)
-        prefill = len(tokens) if prefill is None else prefill
-        if not 0 <= prefill <= len(tokens):
-            raise ValueError(f"prefill={prefill}: expected a number of tokens from 0 to {len(tokens)}, or None")
+        checked = [self._check_tokens(text) for text in texts]
+        prompts = [len(text) for text in checked] if prefill is None else list(prefill)
+        for text, prompt in zip(checked, prompts, strict=True):
+            if not 0 <= prompt <= len(text):
+                raise ValueError(f"prefill={prompt}: expected a number of tokens from 0 to {len(text)}, or None")
+            if len(text) > self.max_model_len:
+                raise ValueError(f"{len(text)} tokens: they must fit the model length of {self.max_model_len} tokens")
         with self.lock:
-            free = self.blocks.num_free * self.blocks.block_size
-            if len(tokens) > min(self.max_model_len, free):
+            size = self.blocks.block_size
+            if (needed := sum(-(-len(text) // size) for text in checked)) > self.blocks.num_free:
                 raise ValueError(
-                    f"{len(tokens)} tokens: they must fit the model length of {self.max_model_len} tokens and the "
-                    f"{free} tokens that are free in the pool"
+                    f"the texts take {needed} blocks of {size} tokens, and {self.blocks.num_free} are free"
                 )
-            sequence = Sequence(-1, tokens, SamplingParams(), len(tokens))
-            rows = []
+            sequences = [Sequence(-1, text, SamplingParams(), len(text)) for text in checked]
+            rows: list[list[Tensor]] = [[] for _ in checked]
             try:
-                while (start := sequence.num_computed) < len(tokens):
-                    stop = min(max(start + 1, prefill), start + self.scheduler.max_num_batched_tokens)
-                    self.blocks.allocate(sequence, stop)
-                    rows.append(self.runner.logits(self.runner.forward([Chunk(sequence, start, stop)])).cpu())
-                    sequence.num_computed = stop
+                while chunks := self._score_chunks(sequences, prompts):
+                    logits = self.runner.logits(self.runner.forward(list(chunks.values()))).cpu()
+                    parts = logits.split([chunk.stop - chunk.start for chunk in chunks.values()])
+                    for (index, chunk), part in zip(chunks.items(), parts, strict=True):
+                        rows[index].append(part)
+                        chunk.sequence.num_computed = chunk.stop
             finally:
-                self.blocks.free(sequence)
-            return torch.cat(rows)
+                for sequence in sequences:
+                    self.blocks.free(sequence)
+            return [torch.cat(parts) for parts in rows]
+
+    def _score_chunks(self, sequences: list[Sequence], prompts: list[int]) -> dict[int, Chunk]:
+        """The next tokens of each text that is not done, as many as a step takes; their blocks are allocated."""
+        chunks, budget = {}, self.scheduler.max_num_batched_tokens
+        for index, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+            start = sequence.num_computed
+            stop = min(max(start + 1, prompt), start + budget, len(sequence))
+            if stop > start:
+                self.blocks.allocate(sequence, stop)
+                chunks[index] = Chunk(sequence, start, stop)
+                budget -= stop - start
+        return chunks
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start (`steps`, `generated_tokens`, ...) and now (`running`, `free_blocks`, ...)."""

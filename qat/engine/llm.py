@@ -134,9 +134,9 @@ class LLM:
         """Answers a conversation of `{"role": ..., "content": ...}` messages."""
         return self.generate([self.encode_chat(messages)], params)[0]
 
-    def score(self, token_ids: Sequences[int], prefill: int | None = None) -> Tensor:
-        """Logits after every token of a text: see `Engine.score`."""
-        return self.engine.score(token_ids, prefill)
+    def score(self, texts: Sequences[Sequences[int]], prefill: Sequences[int] | None = None) -> list[Tensor]:
+        """Logits after every token of some texts: see `Engine.score`."""
+        return self.engine.score(texts, prefill)
 
     def submit(self, prompt: Prompt, params: SamplingParams) -> int:
         """Queues a request and returns its id.

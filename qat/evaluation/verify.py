@@ -121,9 +121,8 @@ def _foreign(checkpoint: Checkpoint, sequences: list[Sequence]) -> dict[str, Any
 def _engine(path: Path, sequences: list[Sequence], device: str) -> dict[str, Any]:
     llm = LLM(path, EngineConfig(kernel="reference", device=device))
     worst = largest = 0.0
-    for sequence in sequences:
-        scores = llm.score(sequence.ids[:-1].tolist(), prefill=sequence.prompt)
-        worst = max(worst, float((scores.cpu() - sequence.logits).abs().max()))
+    for sequence, scores in zip(sequences, _scores(llm, sequences), strict=True):
+        worst = max(worst, float((scores - sequence.logits).abs().max()))
         largest = max(largest, float(sequence.logits.abs().max()))
     tokens = max(len(s.generated) for s in sequences)
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
@@ -145,8 +144,7 @@ def _fast_path(path: Path, sequences: list[Sequence], device: str) -> dict[str, 
     """The engine as it serves: KL and top-1 agreement with the reference, and whether each flip was a near tie."""
     llm = LLM(path, EngineConfig(device=device))
     divergence, agree, count, flips, noise = 0.0, 0, 0, [], 0.0
-    for i, sequence in enumerate(sequences):
-        scores = llm.score(sequence.ids[:-1].tolist(), prefill=sequence.prompt).cpu()
+    for i, (sequence, scores) in enumerate(zip(sequences, _scores(llm, sequences), strict=True)):
         noise = max(noise, float((scores - sequence.logits).abs().max()))
         divergence += float(kl(sequence.logits, scores).double().sum())
         same = scores.argmax(-1) == sequence.logits.argmax(-1)
@@ -165,6 +163,11 @@ def _fast_path(path: Path, sequences: list[Sequence], device: str) -> dict[str, 
         "bound": FAST_KL_BOUND,
         "passed": mean <= FAST_KL_BOUND and near,
     }
+
+
+def _scores(llm: LLM, sequences: list[Sequence]) -> list[Tensor]:
+    """Logits of the reference's tokens through the cache: prompts as prompts, the rest as when decoding."""
+    return llm.score([s.ids[:-1].tolist() for s in sequences], [s.prompt for s in sequences])
 
 
 def _reference_digests(sequences: list[Sequence]) -> list[dict[str, str]]:

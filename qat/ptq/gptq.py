@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from qat.models.families import structure_of
 from qat.nn.observers.base import Observer
 from qat.numerics.affine import group
+from qat.numerics.granularity import PerTensor
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme
@@ -92,15 +93,40 @@ def _quantize_stage(block: Block, names: list[str], schemes: dict[str, Scheme], 
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError(f"{block.name}.{names[0]}: its inputs are not finite on the calibration data")
     changes = Changes()
-    for name, linear in linears.items():
-        assert isinstance(linear, nn.Linear)
-        full = f"{block.name}.{name}"
-        tensor, row = quantize_weight(linear.weight.float(), hessian, schemes[name], **knobs)
-        linear.weight.copy_(tensor.dequantize(linear.weight.dtype))
-        changes.tensors[full] = tensor
-        changes.layers.append({"name": full, **row, "seconds": time.monotonic() - start})
+    for together in _stacks(names, schemes):
+        weights: list[Tensor] = [linears[name].get_parameter("weight") for name in together]
+        sizes = [len(weight) for weight in weights]
+        tensor, losses_O, row = quantize_rows(torch.cat(weights).float(), hessian, schemes[together[0]], **knobs)
+        parts = [tensor] if len(together) == 1 else _split(tensor, sizes)
+        for name, weight, part, losses in zip(together, weights, parts, losses_O.split(sizes), strict=True):
+            weight.copy_(part.dequantize(weight.dtype))
+            changes.tensors[f"{block.name}.{name}"] = part
+            seconds = (time.monotonic() - start) / len(together)
+            loss = float(losses.sum())
+            changes.layers.append({"name": f"{block.name}.{name}", "loss": loss, **row, "seconds": seconds})
         start = time.monotonic()
     return changes
+
+
+def _stacks(names: list[str], schemes: dict[str, Scheme]) -> list[list[str]]:
+    """Linears that are solved as one, row upon row: they share input and scheme, and rows do not know of each other."""
+    stacks: dict[Any, list[str]] = {}
+    for name in names:
+        alone = isinstance(schemes[name].granularity, PerTensor)  # its rows share a scale
+        stacks.setdefault((schemes[name], name if alone else None), []).append(name)
+    return list(stacks.values())
+
+
+def _split(tensor: QuantizedTensor, sizes: list[int]) -> list[QuantizedTensor]:
+    """A stack of rows, apart again."""
+    zeros = [None] * len(sizes) if tensor.zero_point is None else tensor.zero_point.split(sizes)
+    parts = zip(tensor.codes.split(sizes), tensor.scale.split(sizes), zeros, strict=True)
+    return [
+        QuantizedTensor(
+            codes.clone(), scale.clone(), zero if zero is None else zero.clone(), tensor.scheme, (*codes.shape,)
+        )
+        for codes, scale, zero in parts
+    ]
 
 
 def accumulate_hessian(hessian: Tensor, x_TI: Tensor) -> None:
@@ -125,6 +151,23 @@ def quantize_weight(
     Returns:
         The quantized weight, and `{"loss": 1/2 tr(dW H dW^T) over the damped H, "damping", "fallback"}`.
     """
+    knobs: dict[str, Any] = {"observer": observer, "act_order": act_order, "damping": damping}
+    tensor, losses_O, row = quantize_rows(weight_OI, hessian_II, scheme, **knobs, block_size=block_size, dtype=dtype)
+    return tensor, {"loss": float(losses_O.sum()), **row}
+
+
+def quantize_rows(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    scheme: Scheme,
+    *,
+    observer: Observer,
+    act_order: bool,
+    damping: float,
+    block_size: int,
+    dtype: torch.dtype,
+) -> tuple[QuantizedTensor, Tensor, dict[str, Any]]:
+    """`quantize_weight`, with the loss of each row (fp64 `[O]`) beside `{"damping", "fallback"}`."""
     weight = weight_OI.float()
     scale, zero_point = observer.qparams(weight, scheme, dtype)
     columns = weight.shape[1]
@@ -140,7 +183,7 @@ def quantize_weight(
     s, z = spread(scale), torch.zeros((), device=weight.device) if zero_point is None else spread(zero_point)
     z = z.expand_as(s)
     codes = torch.empty_like(weight)
-    rest, loss = weight[:, order].clone(), torch.zeros((), dtype=torch.float64, device=weight.device)
+    rest, losses = weight[:, order].clone(), torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     for begin in range(0, columns, block_size):
         end = min(begin + block_size, columns)
         errors = torch.empty(weight.shape[0], end - begin, device=weight.device)
@@ -151,11 +194,11 @@ def quantize_weight(
             rest[:, i + 1 : end].addr_(error, factor[i, i + 1 : end], alpha=-1.0)
             codes[:, i], errors[:, i - begin] = code, error
         rest[:, end:].addmm_(errors, factor[begin:end, end:], alpha=-1.0)
-        loss += errors.double().square().sum() / 2
+        losses += errors.double().square().sum(1) / 2
     restored = torch.empty_like(codes)
     restored[:, order] = codes
     tensor = QuantizedTensor(restored.to(torch.int8), scale, zero_point, scheme, tuple(weight.shape))
-    return tensor, {"loss": float(loss), "damping": used, "fallback": failure}
+    return tensor, losses, {"damping": used, "fallback": failure}
 
 
 def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor | None, float, str | None]:

@@ -71,11 +71,13 @@ def test_scores_are_the_logits(saved: Callable, family: str, scheme: str | None)
     llm = LLM(checkpoint.path, EngineConfig(**RESERVE, block_size=4, max_num_batched_tokens=7))
     tokens = PROMPTS[2]
     logits = checkpoint.logits(tokens)
-    for prefill in (None, 0, 1, 20):
-        scores = llm.score(tokens, prefill)
+    other = checkpoint.logits(PROMPTS[0])
+    for prefill in (None, [0, 1], [1, 0], [20, len(PROMPTS[0])]):
+        scores, beside = llm.score([tokens, PROMPTS[0]], prefill)
         assert scores.dtype == torch.float32
         assert scores.shape == (37, 256)
         assert float((scores - logits).abs().max()) <= 1e-4 * float(logits.abs().max())
+        assert float((beside - other).abs().max()) <= 1e-4 * float(other.abs().max())
         llm.check_integrity()
 
 
@@ -88,13 +90,13 @@ def test_scores_beside_running_requests(saved: Callable) -> None:
         for delta in llm.step():
             tokens[delta.id] += delta.token_ids
         logits = checkpoint.logits(PROMPTS[0])
-        torch.testing.assert_close(llm.score(PROMPTS[0], 2), logits, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(llm.score([PROMPTS[0]], [2])[0], logits, rtol=1e-4, atol=1e-3)
         llm.check_integrity()
     assert list(tokens.values()) == expected(checkpoint)[:2]
-    with pytest.raises(ValueError, match="80 tokens that are free"):
-        llm.score([1] * 81)
+    with pytest.raises(ValueError, match="21 blocks of 4 tokens, and 20 are free"):
+        llm.score([[1] * 79, [1]])
     with pytest.raises(ValueError, match="prefill=6"):
-        llm.score([1] * 5, 6)
+        llm.score([[1] * 5], [6])
 
 
 @pytest.mark.parametrize("scheme", ["w4_g32", "w8_channel_asym"])
@@ -102,7 +104,7 @@ def test_the_fast_path_stays_close(saved: Callable, scheme: str) -> None:
     checkpoint = saved("llama", scheme)
     llm = LLM(checkpoint.path, EngineConfig(device="cpu", block_size=4))
     logits = checkpoint.logits(PROMPTS[2])
-    scores = llm.score(PROMPTS[2], 10)
+    scores = llm.score([PROMPTS[2]], [10])[0]
     assert float((scores - logits).norm() / logits.norm()) < 0.05
     assert llm.loaded.weight_bytes <= 1.1 * llm.loaded.file_bytes
     assert len(llm.generate(PROMPTS, GREEDY)[0].token_ids) == 32
@@ -113,7 +115,7 @@ def test_half_precision_activations(saved: Callable) -> None:
     llm = LLM(checkpoint.path, EngineConfig(device="cpu", dtype="bfloat16", block_size=4))
     logits = checkpoint.logits(PROMPTS[2])
     assert llm.engine.runner.caches[0][0].dtype == torch.bfloat16
-    assert float((llm.score(PROMPTS[2], 10) - logits).norm() / logits.norm()) < 0.1
+    assert float((llm.score([PROMPTS[2]], [10])[0] - logits).norm() / logits.norm()) < 0.1
 
 
 @pytest.fixture

@@ -177,6 +177,31 @@ def test_later_linears_see_quantized_predecessors():
     assert torch.equal(changes.tensors["model.layers.0.self_attn.o_proj"].codes, expected.codes)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", [PerGroup(32), PerChannel(), PerTensor()], ids=str)
+def test_linears_that_share_their_input_are_solved_as_if_alone(granularity):
+    """Together where they share a scheme, with codes, scales, zeros and losses of their own."""
+    model, batches = tiny(layers=1), [torch.randint(0, 256, (4, 24))]
+    own, other = (Scheme(IntGrid(bits), granularity, symmetric=False) for bits in (3, 4))
+    rules = {"l": Rule(".*_proj", own), "k": Rule(".*k_proj", other)}
+    changes = gptq(model, Recipe(rules), batches, observer=MinMax())
+    hessian, attention = torch.zeros(64, 64), model.model.layers[0].self_attn
+    hook = attention.q_proj.register_forward_pre_hook(
+        lambda _, args: accumulate_hessian(hessian, args[0].reshape(-1, 64))
+    )
+    model(input_ids=batches[0])
+    hook.remove()
+    losses = {row["name"]: row["loss"] for row in changes.layers}
+    for name, wanted in (("q_proj", own), ("k_proj", other), ("v_proj", own)):
+        full = f"model.layers.0.self_attn.{name}"
+        alone, row = quantize_weight(getattr(attention, name).weight, hessian, wanted, observer=MinMax())
+        found = changes.tensors[full]
+        assert (found.scheme, found.shape) == (wanted, alone.shape)
+        for part in ("codes", "scale", "zero_point"):
+            assert torch.equal(getattr(found, part), getattr(alone, part)), (name, part)
+        assert losses[full] == pytest.approx(row["loss"], rel=1e-9)
+
+
 def test_calibration_that_is_not_finite_is_an_error_with_a_name():
     model = tiny()
     with torch.no_grad():
