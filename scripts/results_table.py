@@ -15,8 +15,14 @@ import yaml
 
 KEPT = ("ppl", "nll", "nll_se", "tokens", "kl", "top1_agree", "bits_per_weight", "bits_per_quantized_weight", "bytes",
         "seconds", "cpu_seconds", "peak_mem_mb", "seed")  # fmt: skip
-COLUMNS = {"ppl": ".3f", "kl": ".4f", "top1_agree": ".3f", "bits_per_quantized_weight": ".2f", "seconds": ".0f",
-           "peak_mem_mb": "d"}  # fmt: skip
+COLUMNS = {  # in the table: key in the row, format
+    "ppl": ("ppl", ".3f"),
+    "KL": ("kl", ".4f"),
+    "top-1": ("top1_agree", ".3f"),
+    "bits": ("bits_per_quantized_weight", ".2f"),
+    "seconds": ("seconds", ".0f"),
+    "peak MB": ("peak_mem_mb", "d"),
+}
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -46,7 +52,7 @@ def table(run: dict[str, Any]) -> str:
     """The arms of a run as Markdown."""
     best, rows = run["meta"]["recovered"]["vs_best_ptq"], [["arm", *COLUMNS]]
     rows += [["---"] * len(rows[0])]
-    rows += [[row["arm"], *(format(row[k], how) for k, how in COLUMNS.items())] for row in run["rows"]]
+    rows += [[row["arm"], *(format(row[key], how) for key, how in COLUMNS.values())] for row in run["rows"]]
     recovered = ", ".join(f"{k} {best[k]['value']:.3f} ({best[k]['winner']})" for k in ("kl", "nll"))
     cost = run["meta"]["cost"]
     return "\n".join([

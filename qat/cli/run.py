@@ -66,7 +66,7 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
     if TRAINED in arms:
         reference = "fp" if bench.config["loss"]["kl"] else "ft_fp"
         if reference in arms:
-            summary["recovered"] = recovered(arms, TRAINED, reference)
+            summary["recovered"] = recovered(arms, list(methods), TRAINED, reference)
     bench.run.write("summary.json", summary)
 
 

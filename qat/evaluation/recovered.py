@@ -6,11 +6,12 @@ import torch
 
 from qat.evaluation.divergence import standard_error
 
-PTQ = ("rtn", "mse_rtn", "gptq", "awq", "autoround")
 SIGNIFICANT = 3.0  # standard errors that a denominator must have
 
 
-def recovered(arms: dict[str, dict[str, Any]], trained: str = "qat", reference: str = "fp") -> dict[str, Any]:
+def recovered(
+    arms: dict[str, dict[str, Any]], candidates: list[str], trained: str = "qat", reference: str = "fp"
+) -> dict[str, Any]:
     """Recovered fractions of a trained arm against every PTQ arm, and against the best of them.
 
         kl = 1 - kl_trained / kl_ptq
@@ -18,6 +19,7 @@ def recovered(arms: dict[str, dict[str, Any]], trained: str = "qat", reference: 
 
     Args:
         arms: `summary["arms"]`, each with per-window sums under `windows`.
+        candidates: The PTQ arms among them.
         trained: The arm that is judged.
         reference: What it is judged against: `fp` for distilled arms, the fine-tuned model for cross-entropy ones.
 
@@ -26,7 +28,6 @@ def recovered(arms: dict[str, dict[str, Any]], trained: str = "qat", reference: 
         None where the PTQ method lost less than three paired standard errors, so that the quotient would be noise, or
         where a single window has none.
     """
-    candidates = [name for name in arms if name in PTQ]
     found: dict[str, Any] = {}
     for name in candidates:
         ptq, own, full = arms[name], arms[trained], arms[reference]
