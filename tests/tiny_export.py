@@ -16,12 +16,12 @@ from qat.surgery.convert import apply
 PROMPTS = ([5, 9, 200, 31], [77, 3], [1, 2, 3, 4, 5, 6, 7])
 
 
-def export(path: Path, bits: int = 4, symmetric: bool = True, certified: bool = True) -> None:
+def export(path: Path, bits: int = 4, symmetric: bool = True, certified: bool = True, new_tokens: int = 32) -> None:
     model, rules = tiny(), recipe(bits, symmetric=symmetric)
     changes = rtn(model, rules, [], observer=MinMax())
     compressed_tensors.save(path, model, rules, changes.tensors, changes.folded, byte_tokenizer())
     if certified:
         graph = apply(model, changes.tensors, changes.folded)
-        sequences = [decode(graph, torch.tensor(prompt), 32) for prompt in PROMPTS]
+        sequences = [decode(graph, torch.tensor(prompt), new_tokens) for prompt in PROMPTS]
         plain = unquantized_state(model, changes.tensors, changes.folded, torch.bfloat16)
         issue(path, changes.tensors, plain, sequences, {"captured": "not applicable: post-training method"})

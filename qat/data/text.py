@@ -116,12 +116,25 @@ def load(path: Path) -> Tokens:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        streams = {split: np.load(path / f"{split}.npy", mmap_mode="r", allow_pickle=False) for split in SPLITS}
+        streams = {split: _stream(path / f"{split}.npy") for split in SPLITS}
     except (OSError, ValueError) as error:
         raise ValueError(f"data.path={path}: not a directory of prepared tokens ({error})") from None
-    if (found := fingerprint(streams)) != manifest.get("fingerprint"):
+    known = [manifest.get(key) for key in ("fingerprint", "tokenizer")] if isinstance(manifest, dict) else [None]
+    if not all(isinstance(value, str) for value in known):
+        raise ValueError(f"data.path={path}: manifest.json names no fingerprint or no tokenizer; copy it again")
+    if (found := fingerprint(streams)) != manifest["fingerprint"]:
         raise ValueError(f"data.path={path}: the tokens are not those that were prepared ({found[:12]}); copy it again")
     return Tokens(path, found, manifest["tokenizer"], streams)
+
+
+def _stream(file: Path) -> np.ndarray:
+    try:
+        stream = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if not isinstance(stream, np.ndarray) or stream.dtype != np.int32 or stream.ndim != 1:
+        raise ValueError(f"{file}: not one stream of int32")
+    return stream
 
 
 def fingerprint(streams: dict[str, np.ndarray]) -> str:

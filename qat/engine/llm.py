@@ -257,6 +257,10 @@ class LLM:
         file = self.path / "generation_config.json"
         generation = read_json(file) if file.exists() else {}
         eos = generation.get("eos_token_id", self.loaded.config.eos_token_id)
-        ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        given = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(id) is int for id in given):
+            named = file if "eos_token_id" in generation else self.path / "config.json"
+            raise ValueError(f"{named}: eos_token_id must be an integer or a list of them, found {eos!r}")
+        ids = set(given)
         own = None if self._tokenizer is None else self._tokenizer.eos_token_id
         return ids if own is None else ids | {own}

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -24,6 +23,8 @@ ARCHITECTURES: dict[str, Callable[[PretrainedConfig, Weights], Decoder]] = {
     "Qwen2ForCausalLM": llama,
     "Qwen3ForCausalLM": qwen3,
 }
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 GROWTH = 1.1  # weights in memory over the bytes of the file, at most
 
 
@@ -90,9 +91,15 @@ def describe(checkpoint: Checkpoint) -> PretrainedConfig:
     file = checkpoint.path / "config.json"
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    except (OSError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # a malformed file fails in many ways
         raise ValueError(f"{file}: not a model configuration ({error})") from None
     _builder(config, file)
+    for key in (*SIZES, *HEADS):
+        value = getattr(config, key, None)
+        if (type(value) is not int or value < 1) and not (key == "head_dim" and value is None):
+            raise ValueError(f"{file}: {key} must be a positive integer, found {value!r}")
+    if config.dtype is not None and not (isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point):
+        raise ValueError(f"{file}: dtype {config.dtype!r} is none that weights can have")
     if config.hidden_act != "silu":
         raise ValueError(f"{file}: hidden_act {config.hidden_act!r} is not served; the engine serves silu")
     if getattr(config, "head_dim", None) is None:

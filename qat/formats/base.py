@@ -112,7 +112,8 @@ def tensor_files(path: Path) -> dict[str, Path]:
         ValueError: A file is missing, truncated or no safetensors file, or the index and a shard disagree.
     """
     index = path / INDEX
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    indexed = _strings(index, "weight_map") if index.exists() else None
+    shards = ["model.safetensors"] if indexed is None else sorted(set(indexed.values()))
     where: dict[str, Path] = {}
     for shard in shards:
         file = path / shard
@@ -123,9 +124,17 @@ def tensor_files(path: Path) -> dict[str, Path]:
                 where.update(dict.fromkeys(handle.keys(), file))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from None
-    if index.exists() and (lost := sorted(set(read_json(index)["weight_map"]) ^ set(where))):
+    if indexed is not None and (lost := sorted(set(indexed) ^ set(where))):
         raise ValueError(f"{index}: the index and the shards disagree about {lost[0]}")
     return where
+
+
+def _strings(file: Path, key: str) -> dict[str, str]:
+    """An object of strings out of a JSON file; never empty, since an empty one would let everything pass."""
+    value = read_json(file).get(key)
+    if not isinstance(value, dict) or not value or not all(isinstance(v, str) for v in value.values()):
+        raise ValueError(f"{file}: {key} must be an object of strings, and not empty; the file is damaged")
+    return value
 
 
 class Reader:
@@ -134,7 +143,8 @@ class Reader:
     def __init__(self, path: Path):
         self.path, self.files = path, tensor_files(path)
         certificate = path / CERTIFICATE
-        self._digests: dict[str, str] = read_json(certificate).get("sha256", {}) if certificate.exists() else {}
+        certified = certificate.exists() and "sha256" in read_json(certificate)
+        self._digests = _strings(certificate, "sha256") if certified else {}
 
     def raw(self, name: str) -> Tensor:
         """The tensor of this name as the file has it."""

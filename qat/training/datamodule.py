@@ -1,5 +1,6 @@
 """Training batches: batch k is a pure function of (seed, k), so a resumed run sees what an unbroken one would."""
 
+import hashlib
 from collections.abc import Iterator
 
 import pytorch_lightning as pl
@@ -22,7 +23,7 @@ class Batches:
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.windows))
         if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
+            generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self.windows), generator=generator)
         return int(self._order[offset])
 
@@ -31,6 +32,13 @@ class Batches:
         while True:
             yield self.batch(k)
             k += 1
+
+
+def _seed(seed: int, epoch: int) -> int:
+    """Seed of an epoch's order: of both, hashed, or the epochs of one seed would be those of the next, shifted."""
+    if epoch == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8], "big", signed=True)
 
 
 class Windows:

@@ -10,9 +10,11 @@ from textwrap import dedent
 import pytest
 from tiny_run import arguments, material
 
-from qat.cli.main import main
+from qat.cli.main import main, positional
 from qat.cli.tree import Tree
-from qat.cli.verbs import Verb
+from qat.cli.validate import validate
+from qat.cli.verbs import VERBS, Verb
+from qat.cli.workbench import Workbench, open_workbench
 
 CONFIGS = {
     "base": """
@@ -128,6 +130,15 @@ class Finished:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model/` and `tokens/`."""
     return material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture
+def bench(root: Path, tmp_path: Path) -> Workbench:
+    """The workbench of `qat run`, in runs of its own."""
+    verb, *texts = arguments(root, "run", f"runs={tmp_path / 'runs'}")
+    config, problems = validate(VERBS[verb], positional(VERBS[verb], texts), Tree.of([]))
+    assert problems == []
+    return open_workbench(config)
 
 
 @pytest.fixture(scope="session")

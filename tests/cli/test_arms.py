@@ -3,7 +3,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qat.cli.arms import _progress, judged
+from qat.cli import arms
+from qat.cli.arms import _progress, judged, train
+from qat.cli.exporting import export
 from qat.evaluation.divergence import Scores
 
 BENCH = SimpleNamespace(config={"seed": 3})
@@ -51,6 +53,22 @@ def test_progress_is_said_about_five_times_and_at_the_end(capsys):
     assert lines[-1] == "  gptq: block 30/30"
     _progress("awq")(1, 1)
     assert capsys.readouterr().out == "  awq: block 1/1\n"
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_reference_is_the_training_graphs_own(bench, monkeypatch, changed):
+    """A norm that `convert` returns otherwise than it trained is in the file and in its digests; the logits tell."""
+    certify = arms.certify
+
+    def forged(*args):
+        tensors, folded, captured = certify(*args)
+        return tensors, folded | {"model.norm.weight": folded["model.norm.weight"] * 2}, captured
+
+    monkeypatch.setattr(arms, "certify", forged if changed else certify)
+    tensors, folded, sequences, captured, _ = train(bench, [])
+    found = export(bench, "qat", tensors, folded, sequences, captured)
+    assert found["codes_equal"]
+    assert found["verified"] is not changed
 
 
 def test_every_arm_leaves_the_model_as_it_was(finished, root):

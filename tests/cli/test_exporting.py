@@ -1,7 +1,13 @@
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from qat.cli.exporting import FORMATS, outcome
+from qat.cli.exporting import FORMATS, export, outcome, references
 from qat.cli.main import main
+from qat.formats import compressed_tensors
+from qat.nn.observers.minmax import MinMax
+from qat.ptq.rtn import rtn
+from qat.surgery.convert import apply
 
 CHECKS = {
     "tensors": {"passed": True},
@@ -47,3 +53,29 @@ def test_every_format_option_is_a_format(capsys):
     assert main(["configs", "ls", "format"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [
+        ("model.norm.weight", "model.norm.weight"),
+        ("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("model.layers.0.mlp.up_proj.weight_packed", "model.layers.0.mlp.up_proj.codes"),
+        ("model.layers.0.mlp.up_proj.weight_scale", "model.layers.0.mlp.up_proj.scale"),
+    ],
+)
+def test_a_file_that_is_not_what_it_was_made_from_is_refused(bench, monkeypatch, stored, named):
+    """Digests are taken before the file: a `save` that writes one bit otherwise cannot certify itself."""
+    changes = rtn(bench.model, bench.recipe, [], observer=MinMax())
+    sequences = references(bench, apply(bench.model, changes.tensors, changes.folded))
+    save = compressed_tensors.save
+
+    def wrong(path, *args):
+        save(path, *args)
+        tensors = load_file(path / "model.safetensors")
+        tensors[stored].view({2: torch.int16, 4: torch.int32}[tensors[stored].element_size()]).view(-1)[0] ^= 1
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(compressed_tensors, "save", wrong)
+    with pytest.raises(ValueError, match=rf"{named} is not what verify\.json certifies"):
+        export(bench, "rtn", changes.tensors, changes.folded, sequences, "not applicable: post-training method")

@@ -132,3 +132,10 @@ def test_a_bare_source_tree_is_enough():
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "smollm2" in result.stdout
+
+
+def test_a_run_directory_stands_for_its_export(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    assert positional(VERBS["verify"], [str(tmp_path)]) == [f"run='{tmp_path}'"]
+    (tmp_path / "run.json").unlink()
+    assert positional(VERBS["verify"], [str(tmp_path)]) == [f"path='{tmp_path}'"]

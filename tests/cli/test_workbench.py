@@ -14,6 +14,7 @@ from qat.cli.tree import Tree
 from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
 from qat.cli.workbench import cast, device_name, open_workbench, pick_device, quiet
+from qat.data.calibration import calibration
 
 
 @pytest.fixture
@@ -40,6 +41,15 @@ def test_everything_an_arm_works_on(config, root):
     facts = json.loads((bench.run.path / "run.json").read_text())
     assert facts["data"] == {"path": str(root / "tokens"), "fingerprint": bench.tokens.fingerprint}
     assert yaml.safe_load((bench.run.path / "config.yaml").read_text()) == bench.config
+
+
+def test_the_calibration_seed_chooses_the_windows(config):
+    drawn = []
+    for seed in (0, 1):
+        bench = open_workbench(config | {"calibration": config["calibration"] | {"seed": seed}})
+        drawn.append(torch.cat(bench.calibration))
+        assert torch.equal(drawn[-1], torch.cat(calibration(bench.tokens, 2, 32, 1, seed)))
+    assert not torch.equal(*drawn)
 
 
 def test_choices_by_device_are_made(config):

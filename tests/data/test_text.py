@@ -68,6 +68,35 @@ def test_other_tokenizers_and_damaged_directories_are_refused(tmp_path):
         load(data.path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("manifest.json", "[]"),
+        ("manifest.json", "null"),
+        ("manifest.json", "{"),
+        ("manifest.json", '{"fingerprint": "FOUND"}'),
+        ("manifest.json", '{"fingerprint": "FOUND", "tokenizer": null}'),
+        ("manifest.json", '{"tokenizer": "x"}'),
+        ("test.npy", ""),
+        ("test.npy", "not an array"),
+        ("test.npy", np.int32(7)),
+        ("test.npy", np.zeros((2, 3), np.int32)),
+        ("test.npy", np.zeros(4, np.int64)),
+        ("test.npy", np.array(["a"])),
+    ],
+    ids=repr,
+)
+def test_malformed_files_of_a_token_directory_are_refused(tmp_path, file, content):
+    data = tokens(tmp_path / "t")
+    if isinstance(content, str):
+        (data.path / file).write_text(content.replace("FOUND", data.fingerprint))
+    else:
+        np.save(data.path / file, content)
+    with pytest.raises(ValueError, match=str(data.path)) as caught:
+        load(data.path)
+    assert file in str(caught.value) or content == "{"
+
+
 def test_an_empty_training_split_and_a_tokenizer_without_eos_are_refused(tmp_path):
     class Empty(Fixed):
         def documents(self, count):

@@ -256,3 +256,11 @@ def test_sampling_is_seeded_and_independent_of_neighbours(llm: LLM) -> None:
         llm.generate([PROMPTS[0]], SamplingParams(max_tokens=20, temperature=1.0, seed=4))[0].token_ids
         != alone.token_ids
     )
+
+
+@pytest.mark.parametrize("eos", ["</s>", ["</s>"], 1.0, True, [0, None], {"id": 0}], ids=repr)
+def test_end_tokens_that_are_none_are_refused(saved: Callable, tmp_path: Path, eos: object) -> None:
+    path = Path(shutil.copytree(saved("llama").path, tmp_path / "eos"))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be an integer or a list of them"):
+        LLM(path, EngineConfig(**RESERVE))

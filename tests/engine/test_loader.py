@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qat.engine.config import EngineConfig
-from qat.engine.loader import Loaded, bytes_of, load
+from qat.engine.loader import HEADS, SIZES, Loaded, bytes_of, load
 
 REFERENCE = EngineConfig(device="cpu", kernel="reference")
 
@@ -143,6 +143,16 @@ def test_an_untied_head_under_a_tied_config(copied: Callable) -> None:
         ({"num_hidden_layers": "two"}, ["config.json"]),
         ({"num_attention_heads": 3}, ["config.json"]),
         ({"num_key_value_heads": 3}, ["3 key-value heads"]),
+        *(({key: 0}, ["config.json", key]) for key in (*SIZES, *HEADS) if key != "num_attention_heads"),
+        *(({key: -1}, ["config.json"]) for key in (*SIZES, *HEADS)),
+        ({"num_attention_heads": 0}, ["config.json"]),  # transformers itself divides by it
+        ({"max_position_embeddings": None}, ["config.json"]),
+        ({"head_dim": True}, ["config.json"]),
+        ({"dtype": "blorp"}, ["config.json", "blorp"]),
+        ({"dtype": ["bfloat16"]}, ["config.json"]),
+        ({"dtype": 3}, ["config.json", "dtype 3"]),
+        ({"dtype": "int8"}, ["config.json", "dtype torch.int8"]),
+        ({"eos_token_id": "</s>"}, ["config.json"]),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["rope_type 'dynamic'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["'gptq'", "compressed-tensors"]),
         ({"num_hidden_layers": 1}, ["model.layers.1", "no place"]),
@@ -154,6 +164,23 @@ def test_configs_that_are_not_served(copied: Callable, changes: dict[str, Any], 
     path = copied("llama")
     edit_config(path, **changes)
     refused(path, *words)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 0},
+        {"dtype": "blorp"},
+        {"dtype": 3},
+        {"max_position_embeddings": 0},
+    ],
+    ids=str,
+)
+def test_packed_checkpoints_with_such_configs_are_refused_too(copied: Callable, changes: dict[str, Any]) -> None:
+    path = copied("llama", "w4_g32")
+    edit_config(path, **changes)
+    refused(path, "config.json")
 
 
 def test_sliding_windows_are_served_up_to_their_length(copied: Callable) -> None:

@@ -6,9 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_export import export
+from tiny_export import PROMPTS, export
 
-from qat.evaluation.verify import verify
+from qat.engine.llm import LLM
+from qat.evaluation import foreign
+from qat.evaluation.verify import LOGIT_BOUND, verify
+from qat.formats import compressed_tensors
 
 Q = "model.layers.1.mlp.up_proj"
 
@@ -133,6 +136,7 @@ def test_captured_weights_must_all_be_equal(copy):
     for captured, passed in (
         ({"modules": 14, "equal": 14, "dtype": "float32"}, True),
         ({"modules": 14, "equal": 13}, False),
+        ({"modules": 0, "equal": 0}, False),
     ):
         (copy / "verify.json").write_text(json.dumps(certificate | {"captured": captured}))
         assert verify(copy)["verified"] is passed
@@ -198,3 +202,92 @@ def test_a_flip_that_is_no_near_tie_fails_the_fast_path(copy, monkeypatch):
         {key: flip[key] for key in ("prompt", "position")} for flip in certificate["checks"]["fast_path"]["flips"]
     ]
     assert not certificate["checks"]["fast_path"]["passed"]
+
+
+@pytest.mark.parametrize(("prompts", "tokens"), [(1, 32), (2, 32), (3, 31), (3, 1)])
+def test_too_few_prompts_or_tokens_prove_nothing(tmp_path, monkeypatch, prompts, tokens):
+    monkeypatch.setattr("tiny_export.PROMPTS", PROMPTS[:prompts])
+    export(tmp_path / "ct", new_tokens=tokens)
+    certificate = verify(tmp_path / "ct")
+    assert not certificate["verified"]
+    engine = certificate["checks"]["engine"]
+    assert (engine["greedy_equal"], engine["tokens"]) == (prompts, tokens)  # equal, but not enough
+
+
+def test_logits_of_transformers_in_fp32_are_held_to_the_bound(copy, monkeypatch):
+    logits = foreign.logits
+
+    def off(*args):
+        found = logits(*args)
+        return found | {"max_abs_logit_diff": 1.1 * LOGIT_BOUND * found["max_abs_logit"]}
+
+    monkeypatch.setattr(foreign, "logits", off)
+    certificate = verify(copy)
+    assert {n for n, c in certificate["checks"].items() if not c["passed"]} == {"transformers_fp32"}
+    assert not certificate["verified"]
+
+
+def nudge(value):
+    """Flips the last bit of the smallest value that is not zero: a difference below any sensible tolerance."""
+    flat = value.data.view(-1)
+    at = torch.where(flat == 0, torch.inf, flat.abs().float()).argmin()
+    before = float(flat[at])
+    flat.view({2: torch.int16, 4: torch.int32}[value.element_size()])[at] ^= 1
+    assert 0 < abs(float(flat[at]) - before) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_one_bit_that_transformers_reads_differently_is_enough(copy, monkeypatch, dtype):
+    load = foreign.load_quantized
+
+    def off(path, wanted, **kwargs):
+        model = load(path, wanted, **kwargs)
+        if wanted is dtype:
+            nudge(model.model.embed_tokens.weight)
+        return model
+
+    monkeypatch.setattr(foreign, "load_quantized", off)
+    certificate = verify(copy)
+    failed = {n: c for n, c in certificate["checks"].items() if not c["passed"]}
+    assert set(failed) == {"transformers_default" if dtype is None else "transformers_fp32"}
+    assert not certificate["verified"]
+
+
+def test_one_bit_that_the_library_reads_differently_is_enough(copy, monkeypatch):
+    compressor = foreign.BaseCompressor.get_value_from_registry(compressed_tensors.FORMAT)
+    decompress, calls = compressor.decompress, []
+
+    def off(parts, scheme):
+        out = decompress(parts, scheme)
+        calls.append(1)
+        if len(calls) == 5:
+            nudge(out["weight"])
+        return out
+
+    monkeypatch.setattr(foreign, "transformers", lambda *args: {"max_abs_diff": 0})
+    monkeypatch.setattr(compressor, "decompress", off)
+    certificate = verify(copy)
+    assert {n for n, c in certificate["checks"].items() if not c["passed"]} == {"compressed_tensors"}
+    assert not certificate["verified"]
+
+
+def test_generated_tokens_are_scored_one_at_a_time_as_when_decoding(copy, monkeypatch):
+    score, prefills = LLM.score, []
+
+    def spy(llm, texts, prefill=None):
+        prefills.append((list(map(len, texts)), prefill))
+        return score(llm, texts, prefill)
+
+    monkeypatch.setattr(LLM, "score", spy)
+    assert verify(copy)["verified"]
+    assert prefills == [([len(p) + 31 for p in PROMPTS], [len(p) for p in PROMPTS])] * 2  # the engine, the fast path
+
+
+def test_a_certificate_without_digests_proves_nothing(copy):
+    certificate = json.loads((copy / "verify.json").read_text())
+    del certificate["sha256"]
+    (copy / "verify.json").write_text(json.dumps(certificate))
+    found = verify(copy)
+    assert all(check["passed"] for check in found["checks"].values())
+    assert "tensors" not in found["checks"]
+    assert not found["verified"]

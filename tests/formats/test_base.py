@@ -130,6 +130,24 @@ def test_shards_must_agree_with_their_index(tmp_path):
         tensor_files(tmp_path)
 
 
+@pytest.mark.parametrize("value", ["DELETE", None, {}, [], ["a"], "a", {"model.norm.weight": 1}, {"a": None}], ids=repr)
+def test_a_malformed_index_is_named(tmp_path, value):
+    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({} if value == "DELETE" else {"weight_map": value}))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: weight_map must be an object of strings"):
+        tensor_files(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, {}, [], ["a"], "a", 1, False, {"model.norm.weight": None}], ids=repr)
+def test_malformed_digests_do_not_switch_the_digests_off(tmp_path, value):
+    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "verify.json").write_text(json.dumps({"sha256": value}))
+    with pytest.raises(ValueError, match=r"verify\.json: sha256 must be an object of strings"):
+        load_plain(tmp_path)
+
+
 def test_json_that_is_none_is_named(tmp_path):
     for content in ("{", "[1]"):
         (tmp_path / "config.json").write_text(content)

@@ -19,6 +19,7 @@ PROMPTS = [torch.tensor([[5, 9, 200]]), torch.tensor([[7, 7]])]
 
 def module(symmetric=True, schedule=None, estimator=None, **kwargs):
     student = tiny()
+    student.model.layers[1].mlp.up_proj.weight.data.div_(64)  # an ulp of its scales is below 1e-3
     prepare(student, recipe(3, symmetric=symmetric), MinMax(), estimator or LSQ())
     with torch.no_grad():
         for parameter in student.parameters():
@@ -75,3 +76,32 @@ def test_scales_that_still_follow_are_taken_from_the_final_weights():
     for name, linear in fake_quants(trained.student).items():
         _, scale = linear.weight, MinMax().qparams(linear.weight, tensors[name].scheme, torch.bfloat16)[0]
         assert torch.equal(tensors[name].scale, scale)
+
+
+def test_one_scale_off_by_one_ulp_is_found(monkeypatch):
+    """Bits, not closeness: the weights differ by less than any sensible tolerance."""
+    trained = module()
+    name = "model.layers.1.mlp.up_proj"
+
+    def forged(student):
+        tensors, folded = convert(student)
+        before = tensors[name].dequantize(torch.float32)
+        group = int(tensors[name].codes[3, :32].count_nonzero() == 0)  # a group whose codes are not all zero
+        tensors[name].scale[3, group].view(torch.int16).add_(1)
+        assert 0 < float((tensors[name].dequantize(torch.float32) - before).abs().max()) < 1e-3
+        return tensors, folded
+
+    monkeypatch.setattr("qat.training.certify.convert", forged)
+    with pytest.raises(AssertionError, match=rf"{name}: training computed with other weights"):
+        certify(trained, PROMPTS, "32-true")
+
+
+def test_the_graph_is_certified_in_training_mode():
+    """A block that takes another way in training is certified on that way, whatever mode the module comes in."""
+    trained = module()
+    block = trained.student.model.layers[0].mlp
+    forward = block.forward
+    block.forward = lambda x: forward(x) if not block.training else block.down_proj(x.new_zeros(*x.shape[:-1], 128))
+    trained.student.eval()
+    with pytest.raises(AssertionError, match="training does not compute with it"):
+        certify(trained, PROMPTS, "32-true")

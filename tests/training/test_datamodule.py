@@ -1,3 +1,4 @@
+import pytest
 import torch
 from tiny import tokens
 
@@ -25,6 +26,22 @@ def test_an_epoch_takes_every_window_once():
     second = torch.cat([batches.batch(k) for k in range(4, 8)]).flatten().tolist()
     assert sorted(first) == sorted(second) == list(range(8))
     assert first != second
+
+
+def order(seed, epoch):
+    """The windows of an epoch, by number."""
+    batches = Batches(torch.arange(64)[:, None], 64, seed)
+    return batches.batch(epoch).flatten().tolist()
+
+
+def test_epochs_of_one_seed_are_not_those_of_another():
+    orders = [tuple(order(seed, epoch)) for seed in range(-2, 5) for epoch in range(5)]
+    assert len(set(orders)) == len(orders)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1234])
+def test_the_first_epoch_is_in_the_order_of_the_seed_itself(seed):
+    assert order(seed, 0) == torch.randperm(64, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def test_iterating_leaves_the_global_random_state_alone():

@@ -42,8 +42,19 @@ def data(tmp_path_factory):
     return tokens(tmp_path_factory.mktemp("tokens"))
 
 
-def train(directory: Path, data, kill_at=None, estimator=None, accumulate=2, loss=LOSS, every=1, lr=1e-3, teacher=True):
-    full = tiny()
+def train(
+    directory: Path,
+    data,
+    kill_at=None,
+    estimator=None,
+    accumulate=2,
+    loss=LOSS,
+    every=1,
+    lr=1e-3,
+    teacher=True,
+    **model,
+):
+    full = tiny(**model)
     student = copy.deepcopy(full)
     prepare(student, recipe(3), MinMax(), estimator or LSQ())
     training = Training(
@@ -92,6 +103,15 @@ def test_resume_from_an_older_checkpoint_takes_the_same_batches(tmp_path, data):
         train(tmp_path / "broken", data, kill_at=5, every=2)
     assert newest(tmp_path / "broken" / "checkpoints").stem == "step=4"
     assert same(unbroken, train(tmp_path / "broken", data, every=2)) == []
+
+
+def test_random_numbers_go_on_where_they_stopped(tmp_path, data):
+    """Dropout draws in every step, so a resumed run needs the random state of the checkpoint."""
+    unbroken = train(tmp_path / "unbroken", data, attention_dropout=0.2)
+    assert same(unbroken, train(tmp_path / "certain", data)) != []  # dropout acts
+    with pytest.raises(Killed):
+        train(tmp_path / "broken", data, kill_at=3, attention_dropout=0.2)
+    assert same(unbroken, train(tmp_path / "broken", data, attention_dropout=0.2)) == []
 
 
 def test_training_changes_what_it_should_and_only_that(tmp_path, data):
