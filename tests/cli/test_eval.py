@@ -60,3 +60,12 @@ def test_a_checkpoint_of_another_model(finished, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "vocabulary 300, the run's 256" in err
     assert err.count("\n") == 1
+
+
+def test_a_checkpoint_of_a_model_of_another_depth(finished, tmp_path, capsys):
+    from tiny_export import export
+
+    export(tmp_path / "ct")  # two layers; the run's model has one
+    assert main(["eval", str(tmp_path / "ct"), f"runs={finished.runs}", "device=cpu"]) == 1
+    err = capsys.readouterr().err
+    assert "not a checkpoint of the run's model; one of them lacks model.layers.1" in err

@@ -288,3 +288,20 @@ def test_runs_that_cannot_be_written(start, tmp_path):
     assert status == 1
     assert "choose another directory (runs=DIR, or QAT_RUNS)" in err
     assert err.count("\n") == 1
+
+
+def test_an_export_that_is_not_verified_fails_the_command(start, monkeypatch):
+    from qat.cli import exporting
+
+    verify = exporting.verify
+    monkeypatch.setattr(exporting, "verify", lambda *a: verify(*a) | {"verified": False})
+    status, out, _ = start(verb="ptq")
+    assert status == 1
+    assert "NOT VERIFIED" in out
+
+
+def test_a_mix_with_cross_entropy_is_not_judged_against_full_precision(start, tmp_path):
+    status, out, _ = start("loss=ce_kl")
+    assert status == 0
+    assert "recovered" not in load(tmp_path / "runs" / "latest")
+    assert "nothing is said of recovered losses" in out
