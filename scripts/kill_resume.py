@@ -106,7 +106,7 @@ def main() -> int:
                   f"{'equal' if equal else 'DIFFERENT'}", flush=True)  # fmt: skip
     print(f"{sum(row['equal'] for row in rows)} of {args.times} equal, bit for bit")
     if args.json:
-        meta = {"argv": sys.argv, "overrides": args.overrides, "steps": steps, "date": time.strftime("%Y-%m-%d")}
+        meta = {"overrides": args.overrides, "steps": steps, "date": time.strftime("%Y-%m-%d")}
         args.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["equal"] for row in rows) else 1
 

@@ -6,4 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/setup.sh"
 setup serve,report "$root"
 cd "$root"
-exec .venv/bin/python -m qat run experiment="${EXPERIMENT:-quickstart}" "$@"
+echo "qat run experiment=${EXPERIMENT:-quickstart} $*"
+.venv/bin/python -m qat run experiment="${EXPERIMENT:-quickstart}" "$@"
+echo "Before these, in your shell:"
+echo "  cd $root && . .venv/bin/activate"

@@ -41,7 +41,7 @@ def read(run: Path) -> dict[str, Any]:
             "threads": facts["threads"],
             "data": facts["data"]["fingerprint"],
             "cost": summary["cost"],
-            "recovered": summary["recovered"],
+            "recovered": summary.get("recovered", {}),
             "export": export,
         },
         "rows": [{**named, "arm": arm, **{k: values[k] for k in KEPT}} for arm, values in summary["arms"].items()],
@@ -50,10 +50,11 @@ def read(run: Path) -> dict[str, Any]:
 
 def table(run: dict[str, Any]) -> str:
     """The arms of a run as Markdown."""
-    best, rows = run["meta"]["recovered"]["vs_best_ptq"], [["arm", *COLUMNS]]
+    best, rows = run["meta"]["recovered"].get("vs_best_ptq", {}), [["arm", *COLUMNS]]
     rows += [["---"] * len(rows[0])]
     rows += [[row["arm"], *(format(row[key], how) for key, how in COLUMNS.values())] for row in run["rows"]]
-    recovered = ", ".join(f"{k} {best[k]['value']:.3f} ({best[k]['winner']})" for k in ("kl", "nll"))
+    known = [k for k in ("kl", "nll") if best.get(k, {}).get("value") is not None]
+    recovered = ", ".join(f"{k} {best[k]['value']:.3f} ({best[k]['winner']})" for k in known) or "nothing is known"
     cost = run["meta"]["cost"]
     return "\n".join([
         f"{run['meta']['run']}, commit {str(run['meta']['commit'])[:9]}, {run['meta']['date'][:10]}",

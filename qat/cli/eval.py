@@ -15,6 +15,7 @@ from qat.cli.workbench import cast, pick_device, quiet
 from qat.data.text import prepare
 from qat.evaluation.divergence import evaluate, mean, standard_error
 from qat.formats import compressed_tensors
+from qat.formats.base import unquantized_state
 from qat.models import hf
 from qat.surgery.convert import apply
 
@@ -35,6 +36,9 @@ def main(config: dict[str, Any]) -> int:
     model, tokenizer = hf.load(named["name"], named["path"], named["revision"], storage)
     if model.config.vocab_size != checkpoint.config["vocab_size"]:
         raise ValueError(f"{path}: vocabulary {checkpoint.config['vocab_size']}, the run's {model.config.vocab_size}")
+    whole = set(unquantized_state(model, {}, {}, storage))
+    if strays := sorted(whole ^ ({f"{name}.weight" for name in checkpoint.tensors} | set(checkpoint.plain))):
+        raise ValueError(f"{path}: not a checkpoint of the run's model; one of them lacks {strays[0]}")
     source = instantiate(settings["data"]["source"], _convert_="all")
     tokens = prepare(source, tokenizer, hf.cache_dir() / "tokens", settings["data"]["path"])
     windows = tokens.windows(config["split"], sizes["seq_len"], sizes["windows"])

@@ -32,11 +32,12 @@ def main(config: dict[str, Any]) -> int:
     else:
         changes = quantize(bench, arm, methods[arm])
         tensors, folded = changes.tensors, changes.folded
-        sequences = references(bench, apply(bench.model, tensors, folded).to(bench.device))
+        sequences = references(bench, bench.moved(apply(bench.model, tensors, folded)))
         captured = "not applicable: a post-training method has no training graph"
     out = Path(config["out"]).expanduser() if config["out"] else path / "export" / f"{arm}-{config['format']['name']}"
     outcome = export(bench, arm, tensors, folded, sequences, captured, out)
     print(out)
     for line in export_lines(outcome):
         print(line)
+    print(f"Next:\n  qat chat {out}\n  qat serve {out}")
     return 0 if outcome["verified"] else 1

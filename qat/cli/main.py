@@ -102,7 +102,8 @@ def positional(verb: Verb, texts: list[str]) -> list[str]:
         raise ConfigError([Problem(" ".join(bare), f"qat {verb.name} takes one directory, bare or as path=")])
     from qat.cli.overrides import quoted
 
-    return [f"path={quoted(bare[0])}", *rest]
+    key = "run" if os.path.isfile(os.path.join(bare[0], "run.json")) else "path"  # a run stands for its export
+    return [f"{key}={quoted(bare[0])}", *rest]
 
 
 def _module(verb: Verb):

@@ -151,10 +151,10 @@ def export_of(runs: str, run: str) -> Path:
         ValueError: There is no such run, or it has not come to exporting.
     """
     path = find(runs, run)
-    found = sorted(path.glob("export/*/config.json"), key=lambda p: p.stat().st_mtime)
-    if not found:
+    own = (_read(path / "summary.json").get("export") or {}).get("path")  # not what `qat export` wrote beside it
+    if own is None or not (path / "export" / Path(own).name / "config.json").is_file():
         raise ValueError(f"run={run}: {path} has no export yet; repeat its command to finish it")
-    return found[-1].parent
+    return path / "export" / Path(own).name
 
 
 def config_sha(config: dict[str, Any]) -> str:

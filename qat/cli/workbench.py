@@ -1,5 +1,7 @@
 """What every verb that makes a checkpoint needs first: device, model, tokens, recipe, run directory."""
 
+import copy
+import hashlib
 import logging
 import os
 import warnings
@@ -18,7 +20,9 @@ from qat.cli.devices import by_device
 from qat.cli.rundir import RunDir
 from qat.data.calibration import calibration
 from qat.data.text import Tokens, prepare
+from qat.engine.loader import ARCHITECTURES
 from qat.formats import compressed_tensors
+from qat.formats.base import digest
 from qat.models import hf
 from qat.numerics.recipe import Recipe
 from qat.surgery.convert import apply
@@ -66,6 +70,10 @@ class Workbench:
     def prompts(self) -> list[Tensor]:
         """The certificate's prompts as token ids."""
         return [torch.tensor(self.tokenizer(p, add_special_tokens=False)["input_ids"]) for p in self.config["prompts"]]
+
+    def moved(self, graph: PreTrainedModel) -> PreTrainedModel:
+        """A graph on the device; one that shares parameters with the model leaves the model's where they are."""
+        return graph if self.device.type == "cpu" else copy.deepcopy(graph).to(self.device)
 
     def build(self, *keys: str, **more: Any) -> Any:
         """What a node of the config instantiates."""
@@ -142,20 +150,54 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
         hf.cache_dir() / "tokens",
         config["data"]["path"],
     )
+    check_servable(model, tokenizer, config)
     windows = tokens.windows("test", test["seq_len"], test["windows"])
     batches = calibration(tokens, calib["samples"], calib["seq_len"], calib["batch_size"], calib["seed"])
     known = run is not None
     run = run or RunDir.open(config)
     bench = Workbench(config, run, device, dtype, model, tokenizer, tokens, recipe, plan, windows, batches)
-    facts = {
+    facts: dict[str, Any] = {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "seed": config["seed"],
         "data": {"path": str(tokens.path), "fingerprint": tokens.fingerprint},
+        "model": {"fingerprint": fingerprint(model, dtype)},
     }
+    for what in ("data", "model"):  # names and paths may be the same, and what lies there another
+        was = (run.facts.get(what) or {}).get("fingerprint")
+        if was not in (None, facts[what]["fingerprint"]):
+            raise ValueError(
+                f"{run.path}: this run began with another {what}, under the same name ({was[:12]}, now "
+                f"{facts[what]['fingerprint'][:12]}); start a new one with resume=never"
+            )
     if not known:
         run.start(config, facts)
     return bench
+
+
+def check_servable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> None:
+    """What the certificate will need of the engine, before hours of training.
+
+    Raises:
+        ValueError: The engine does not serve the family, or a prompt and its continuation are too long.
+    """
+    if (name := type(model).__name__) not in ARCHITECTURES:
+        served = ", ".join(ARCHITECTURES)
+        raise ValueError(
+            f"model: the engine does not serve {name}, so no export of it can be verified; it has {served}"
+        )
+    longest = max(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in config["prompts"])
+    needed, limit = longest + config["certificate"]["new_tokens"], model.config.max_position_embeddings
+    if needed > limit:
+        raise ValueError(f"certificate.new_tokens: with the longest prompt {needed} tokens; the model takes {limit}")
+
+
+def fingerprint(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    """SHA-256 over the parameters, in the storage dtype that they are rounded to."""
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sha.update(f"{name} {digest(parameter.to(dtype))} ".encode())
+    return sha.hexdigest()
 
 
 def device_name(device: torch.device) -> str:

@@ -7,6 +7,7 @@ tokens a text has, for sources that cut their own splits.
 import ast
 import glob
 import hashlib
+import re
 import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 Documents = dict[str, list[str]]  # split -> documents
 SPLITS = ("train", "validation", "test")
+FEW = 100  # documents: of fewer, a part of one in twenty may well be empty
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -65,6 +67,7 @@ class LocalFiles:
 
     A document is a row, or in `.txt` files a file. Splits that have no files of their own are cut from train, by the
     SHA-256 of the document, so that equal documents never straddle splits: one in twenty each for test and validation.
+    Too few documents to cut are cut into their paragraphs, at blank lines.
 
     Attributes:
         train: A path or a glob pattern.
@@ -81,7 +84,16 @@ class LocalFiles:
     def documents(self, count: Callable[[str], int]) -> Documents:
         """Documents of each split."""
         named = {split: pattern for split in SPLITS if (pattern := getattr(self, split)) is not None}
-        return cut({split: _read_files(pattern, self.column) for split, pattern in named.items()})
+        splits = {split: _read_files(pattern, self.column) for split, pattern in named.items()}
+        if len(splits) < len(SPLITS) and len(splits["train"]) < FEW:
+            splits["train"] = [p for document in splits["train"] for p in re.split(r"\n\s*\n", document) if p.strip()]
+        found = cut(splits)
+        if empty := [split for split in SPLITS if not found[split]]:
+            raise ValueError(
+                f"data.source.train={self.train}: {len(splits['train'])} documents or paragraphs, too few to cut "
+                f"{' and '.join(empty)} from them; name files with data.source.{empty[-1]}=, or bring more text"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -155,9 +167,16 @@ def _read_files(pattern: str, column: str) -> list[str]:
     if len(suffixes) > 1 or suffix not in READERS:
         raise ValueError(f"data.source: {pattern} names {', '.join(suffixes)} files; one of {', '.join(READERS)}")
     if suffix == ".txt":
-        return [text for f in files if (text := Path(f).read_text(encoding="utf-8"))]
+        return [text for f in files if (text := _text(f))]
     rows = datasets.load_dataset(READERS[suffix], data_files=files, split="train")
     return _column(rows, column, pattern)
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.source: {file} is not UTF-8 text ({error})") from None
 
 
 def _column(rows: Iterable, column: str, where: str) -> list[str]:

@@ -112,6 +112,8 @@ class LLM:
         Raises:
             ValueError: A prompt cannot be served; then none is.
         """
+        if isinstance(prompts, str):
+            raise ValueError("prompts: a list of prompts, not one text; write generate([text])")
         params = params or SamplingParams()
         tokens = [self.encode(prompt) for prompt in prompts]
         for i, prompt in enumerate(tokens):

@@ -7,7 +7,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
-from qat.evaluation.reference import Sequence, full_precision
+from qat.evaluation.reference import Sequence, difference, full_precision
 from qat.formats import compressed_tensors
 from qat.formats.base import Checkpoint
 from qat.models.hf import load_quantized
@@ -72,7 +72,7 @@ def logits(model: Any, sequences: list[Sequence]) -> dict[str, Any]:
     with full_precision():
         for sequence in sequences:
             out = model(input_ids=sequence.ids[None, :-1], use_cache=False).logits[0].float()
-            worst = max(worst, float((out - sequence.logits).abs().max()))
+            worst = max(worst, difference(out, sequence.logits))
             largest = max(largest, float(sequence.logits.abs().max()))
     return {"max_abs_logit_diff": worst, "max_abs_logit": largest}
 

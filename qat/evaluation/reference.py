@@ -80,6 +80,11 @@ def save(path: Path, sequences: list[Sequence]) -> None:
     (path / FILE).chmod((path / FILE).parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
 
 
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of two tensors; infinite where it is not a number, so that NaN is never close to anything."""
+    return float((found - expected).abs().nan_to_num(nan=torch.inf).max())
+
+
 def load(path: Path) -> list[Sequence]:
     """Reads the sequences of an export directory; none if it has none.
 

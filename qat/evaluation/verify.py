@@ -5,6 +5,7 @@ taken where the codes were found, and reference logits of the graph that found t
 holds it to that; it never evaluates a scale or a code.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 from qat.engine.config import EngineConfig, SamplingParams
 from qat.engine.llm import LLM
 from qat.evaluation import foreign, reference
-from qat.evaluation.reference import Sequence
+from qat.evaluation.reference import Sequence, difference
 from qat.formats import compressed_tensors
 from qat.formats.base import CERTIFICATE, Checkpoint, digest, quantized_digests, read_json
 from qat.numerics.metrics import kl
@@ -49,7 +50,8 @@ def issue(
         sha |= quantized_digests(name, tensor)
     sha |= {name: digest(value) for name, value in unquantized.items()}
     reference.save(path, sequences)
-    _write(path, {"verified": False, **facts, "reference": _reference_digests(sequences), "checks": {}, "sha256": sha})
+    claims = {"reference": _reference_digests(sequences), "files": _file_digests(path), "sha256": sha}
+    _write(path, {"verified": False, **facts, **claims, "checks": {}})
 
 
 def verify(path: Path, device: str = "auto") -> dict[str, Any]:
@@ -63,13 +65,24 @@ def verify(path: Path, device: str = "auto") -> dict[str, Any]:
     Raises:
         ValueError: The checkpoint cannot be read at all, or a tensor is not what the certificate says; names it.
     """
-    checkpoint = compressed_tensors.load(path)
     certificate = read_json(path / CERTIFICATE) if (path / CERTIFICATE).exists() else {}
+    found: dict[str, Any] = {"verified": False}  # if the check does not come to its end
+    try:
+        found = _check(path, certificate, device)
+    finally:
+        if "sha256" in certificate and os.access(path, os.W_OK):  # a directory may be read-only
+            _write(path, certificate | found)
+    return certificate | found
+
+
+def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, Any]:
+    checkpoint = compressed_tensors.load(path)
     sequences = reference.load(path)
     unchecked: list[str] = []
     checks: dict[str, Any] = {}
     if "sha256" in certificate:
         checks["tensors"] = _tensors(checkpoint, certificate["sha256"])
+        checks["files"] = _files(path, certificate.get("files", {}))
     else:
         unchecked.append("tensors: no certificate lies beside the checkpoint, so nothing says what they should be")
     if not sequences:
@@ -87,10 +100,7 @@ def verify(path: Path, device: str = "auto") -> dict[str, Any]:
         checks["fast_path"] = _fast_path(path, sequences, device)
     proof = {name: check for name, check in checks.items() if name != "fast_path"}  # that one is a measurement
     verified = bool(sequences) and "tensors" in proof and all(check["passed"] for check in proof.values())
-    certificate = certificate | {"checks": checks, "unchecked": unchecked, "verified": verified}
-    if "sha256" in certificate:
-        _write(path, certificate)
-    return certificate
+    return {"checks": checks, "unchecked": unchecked, "verified": verified}
 
 
 def _tensors(checkpoint: Checkpoint, sha: Mapping[str, str]) -> dict[str, Any]:
@@ -122,7 +132,7 @@ def _engine(path: Path, sequences: list[Sequence], device: str) -> dict[str, Any
     llm = LLM(path, EngineConfig(kernel="reference", device=device))
     worst = largest = 0.0
     for sequence, scores in zip(sequences, _scores(llm, sequences), strict=True):
-        worst = max(worst, float((scores - sequence.logits).abs().max()))
+        worst = max(worst, difference(scores, sequence.logits))
         largest = max(largest, float(sequence.logits.abs().max()))
     tokens = max(len(s.generated) for s in sequences)
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
@@ -143,12 +153,14 @@ def _engine(path: Path, sequences: list[Sequence], device: str) -> dict[str, Any
 def _fast_path(path: Path, sequences: list[Sequence], device: str) -> dict[str, Any]:
     """The engine as it serves: KL and top-1 agreement with the reference, and whether each flip was a near tie."""
     llm = LLM(path, EngineConfig(device=device))
-    divergence, agree, count, flips, noise = 0.0, 0, 0, [], 0.0
+    divergence, agree, count, flips, worst, noise = 0.0, 0, 0, [], 0.0, 0.0
     for i, (sequence, scores) in enumerate(zip(sequences, _scores(llm, sequences), strict=True)):
-        noise = max(noise, float((scores - sequence.logits).abs().max()))
+        worst = max(worst, difference(scores, sequence.logits))
         divergence += float(kl(sequence.logits, scores).double().sum())
         same = scores.argmax(-1) == sequence.logits.argmax(-1)
         agree, count = agree + int(same.sum()), count + len(same)
+        if same.any():  # of the others, because a flip's own margin is below twice its own difference, always
+            noise = max(noise, difference(scores[same], sequence.logits[same]))
         for position in (~same).nonzero().flatten().tolist():
             top = sequence.logits[position].topk(2).values
             flips.append({"prompt": i, "position": position, "margin": float(top[0] - top[1])})
@@ -158,7 +170,8 @@ def _fast_path(path: Path, sequences: list[Sequence], device: str) -> dict[str, 
         "kernels": llm.kernels,
         "kl": mean,
         "top1_agree": agree / count,
-        "max_abs_logit_diff": noise,
+        "max_abs_logit_diff": worst,
+        "noise": noise,
         "flips": flips,
         "bound": FAST_KL_BOUND,
         "passed": mean <= FAST_KL_BOUND and near,
@@ -168,6 +181,19 @@ def _fast_path(path: Path, sequences: list[Sequence], device: str) -> dict[str, 
 def _scores(llm: LLM, sequences: list[Sequence]) -> list[Tensor]:
     """Logits of the reference's tokens through the cache: prompts as prompts, the rest as when decoding."""
     return llm.score([s.ids[:-1].tolist() for s in sequences], [s.prompt for s in sequences])
+
+
+def _file_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of the directory that holds no tensors: config, generation config, tokenizer, template."""
+    files = (p for p in path.iterdir() if p.is_file() and p.suffix != ".safetensors" and p.name != CERTIFICATE)
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
+
+
+def _files(path: Path, sha: Mapping[str, str]) -> dict[str, Any]:
+    """Whether those files still are what they were; ones that came later are nobody's."""
+    now = _file_digests(path)
+    changed = sorted(name for name, value in sha.items() if now.get(name) != value)
+    return {"equal": len(sha) - len(changed), "changed": changed, "passed": bool(sha) and not changed}
 
 
 def _reference_digests(sequences: list[Sequence]) -> list[dict[str, str]]:

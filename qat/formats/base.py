@@ -229,7 +229,7 @@ def write_directory(
     dtype: torch.dtype,
 ) -> None:
     """Writes config, generation config, tokenizer (chat template included) and safetensors; whole or not at all."""
-    if path.exists() and any(path.iterdir()) and "quantization_config" not in read_json(path / "config.json"):
+    if path.exists() and any(path.iterdir()) and not (path / CERTIFICATE).is_file():
         raise ValueError(f"{path}: holds something other than an earlier export; name an empty or new directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -250,6 +250,7 @@ def write_directory(
     save_torch_state_dict(dict(state), part, metadata=METADATA, max_shard_size="50GB")
     for file in part.glob("*.safetensors"):
         file.chmod(part.stat().st_mode & 0o666)  # safetensors lets only the owner read
+    (part / CERTIFICATE).write_text('{"verified": false}', encoding="utf-8")  # until one is issued
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)
 

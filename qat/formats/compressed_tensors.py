@@ -202,6 +202,9 @@ def scheme_of(where: str, group: Mapping[str, Any]) -> Scheme:
     strategy, bits, size = (weights.get(key) for key in ("strategy", "num_bits", "group_size"))
     if not isinstance(bits, int):
         raise ValueError(f"{where}: num_bits {bits!r}; expected an integer")
+    symmetric = weights.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        raise ValueError(f"{where}: symmetric {symmetric!r}; expected true or false")
     granularity: Granularity
     if strategy == "group":
         if not isinstance(size, int):
@@ -211,7 +214,7 @@ def scheme_of(where: str, group: Mapping[str, Any]) -> Scheme:
         granularity = PerChannel() if strategy == "channel" else PerTensor()
     else:
         raise ValueError(f"{where}: strategy {strategy!r}; expected group, channel or tensor")
-    return Scheme(IntGrid(bits), granularity, symmetric=bool(weights.get("symmetric", True)))
+    return Scheme(IntGrid(bits), granularity, symmetric=symmetric)
 
 
 def load(path: Path | str) -> Checkpoint:
@@ -228,6 +231,9 @@ def load(path: Path | str) -> Checkpoint:
     if (method := quantization.get("quant_method")) != METHOD or quantization.get("format") not in (FORMAT, None):
         found = f"{method!r} {quantization.get('format', '')}".strip()
         raise ValueError(f"{path}: quantized by {found}; this reader serves {METHOD} {FORMAT}")
+    for key in ("transform_config", "kv_cache_scheme", "sparsity_config"):
+        if quantization.get(key):
+            raise ValueError(f"{path}/config.json: {key} is set; this reader serves quantized weights alone")
     reader = Reader(path)
     modules = [name.removesuffix(".weight_packed") for name in reader.files if name.endswith(".weight_packed")]
     if missing := [name for name in modules if f"{name}.weight_scale" not in reader.files]:

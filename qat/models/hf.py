@@ -86,7 +86,9 @@ def load(
     if Path(source).is_file():
         source = _rebuilt_gguf(Path(source))
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
@@ -96,6 +98,9 @@ def load(
         ) from error
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{source}: quantized already; qat starts from full precision")
+    # transformers fills what a file lacks with random numbers, and only warns.
+    if lost := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise ValueError(f"{source}: tensor {lost[0]} is missing or has another shape ({len(lost)} in all)")
     model.config.use_cache = False
     _round(model, dtype)
     return model.eval(), tokenizer

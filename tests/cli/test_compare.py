@@ -66,5 +66,5 @@ def test_plots_without_matplotlib_name_the_extra(finished, tmp_path, capsys, mon
 def test_what_is_no_run(tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"qat compare: {tmp_path}: no run directory")
+    assert err.startswith(f"qat compare: run={tmp_path}: no run at {tmp_path}")
     assert err.count("\n") == 1

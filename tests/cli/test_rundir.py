@@ -267,16 +267,17 @@ def test_a_run_is_found_by_what_people_type(config, tmp_path, monkeypatch):
         find("elsewhere", "latest")
 
 
-def test_the_export_of_a_run_is_its_newest(config):
+def test_the_export_of_a_run_is_its_own_not_one_that_was_written_beside_it(config):
     path = begin(config)
     with pytest.raises(ValueError, match=r"run=latest: .* has no export yet; repeat its command to finish it"):
         export_of(config["runs"], "latest")
-    for age, name in ((0, "b"), (100, "a")):
+    for age, name in ((100, "own"), (0, "rtn-later")):
         file = path / "export" / name / "config.json"
         file.parent.mkdir(parents=True)
         file.touch()
         os.utime(file, (1000 - age, 1000 - age))
-    assert export_of(config["runs"], "latest") == path / "export" / "b"
+    (path / "summary.json").write_text(json.dumps({"export": {"path": "/where/the/run/was/once/own"}}))
+    assert export_of(config["runs"], "latest") == path / "export" / "own"
 
 
 def test_the_sha_is_that_of_the_content(config):

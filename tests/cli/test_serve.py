@@ -30,6 +30,7 @@ def run(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "first" / "20260101-000000-abcd"
     (run / "export").mkdir(parents=True)
     (run / "run.json").write_text("{}")
+    (run / "summary.json").write_text('{"export": {"path": "export/compressed_tensors"}}')
     export(run / "export" / "compressed_tensors", certified=False)
     return run
 

@@ -112,3 +112,27 @@ def test_third_parties_are_quiet_and_the_users_choice_stands(monkeypatch):
 
 def test_the_device_has_a_name():
     assert device_name(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_a_run_does_not_go_on_with_another_content_under_the_same_name(config, what):
+    first = open_workbench(config).run
+    facts = json.loads((first.path / "run.json").read_text())
+    assert len(facts[what]["fingerprint"]) == 64
+    first.write("run.json", facts | {what: facts[what] | {"fingerprint": "0" * 64}})
+    path = first.path
+    del first
+    with pytest.raises(ValueError, match=f"this run began with another {what}, under the same name"):
+        open_workbench(config)
+    with pytest.raises(ValueError, match=f"another {what}"):
+        open_workbench(config, RunDir.existing(path))
+
+
+def test_what_the_certificate_cannot_prove_is_refused_before_training(config, monkeypatch):
+    config["certificate"]["new_tokens"] = 250
+    with pytest.raises(ValueError, match=r"certificate\.new_tokens: .* \d+ tokens; the model takes 256"):
+        open_workbench(config)
+    config["certificate"]["new_tokens"] = 32
+    monkeypatch.setattr("qat.cli.workbench.ARCHITECTURES", {"Qwen3ForCausalLM": None})
+    with pytest.raises(ValueError, match="the engine does not serve LlamaForCausalLM"):
+        open_workbench(config)

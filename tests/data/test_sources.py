@@ -82,7 +82,27 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
 
 
 def test_an_empty_text_file_is_no_document(tmp_path):
-    (tmp_path / "a.txt").touch()
-    (tmp_path / "b.txt").write_text("text")
-    documents = LocalFiles(str(tmp_path / "*.txt")).documents(len)
-    assert sorted(text for split in documents.values() for text in split) == ["text"]
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").write_text("some text")
+    pattern = str(tmp_path / "*.txt")
+    documents = LocalFiles(pattern, validation=pattern, test=pattern).documents(words)
+    assert documents == {split: ["some text"] for split in ("train", "validation", "test")}
+
+
+def test_what_cannot_be_cut_says_what_is_missing(tmp_path):
+    (tmp_path / "a.txt").write_text("one line\nand another\n" * 50)
+    with pytest.raises(ValueError, match=r"a\.txt: 1 documents or paragraphs, too few to cut .*data\.source\.\w+="):
+        LocalFiles(str(tmp_path / "a.txt")).documents(words)
+    (tmp_path / "b.txt").write_bytes(b"\x80\x81")
+    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8 text"):
+        LocalFiles(str(tmp_path / "b.txt")).documents(words)
+
+
+def test_one_long_text_is_cut_into_paragraphs(tmp_path):
+    text = "\n\n".join(f"paragraph {i} of a long text" for i in range(400))
+    (tmp_path / "notes.txt").write_text(text)
+    documents = LocalFiles(str(tmp_path / "notes.txt")).documents(words)
+    assert sorted(d for split in documents.values() for d in split) == sorted(text.split("\n\n"))
+    assert all(len(split) > 5 for split in documents.values())
+    whole = {"validation": str(tmp_path / "notes.txt"), "test": str(tmp_path / "notes.txt")}
+    assert LocalFiles(str(tmp_path / "notes.txt"), **whole).documents(words)["train"] == [text]

@@ -74,7 +74,7 @@ def test_what_the_storage_dtype_cannot_hold_is_refused():
 
 def test_a_directory_that_is_something_else_is_not_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"config\.json: no such file"):
+    with pytest.raises(ValueError, match="holds something other than an earlier export"):
         write_directory(tmp_path, tiny(), None, {}, None, BF16)
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds something other than an earlier export"):
@@ -163,3 +163,11 @@ def test_lazy_reads_what_is_asked_for():
     assert lazy["b"] == "B"
     with pytest.raises(KeyError):
         lazy["c"]
+
+
+def test_the_model_of_another_tool_is_not_replaced(tmp_path):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something other than an earlier export"):
+        write_directory(tmp_path, tiny(), None, {}, {"quant_method": "compressed-tensors"}, BF16)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"

@@ -220,3 +220,25 @@ def test_the_demo_model_round_trips(tmp_path, demo):
         assert abs(size / 1e6 - megabytes) < 1
         checkpoint = ct.load(tmp_path / str(bits))
         assert all(same(checkpoint.tensors[n], t) for n, t in changes.tensors.items())
+
+
+@pytest.mark.parametrize("key", ["transform_config", "kv_cache_scheme", "sparsity_config"])
+def test_what_would_change_the_meaning_of_the_weights_is_refused(tmp_path, key):
+    from tiny_export import export
+
+    export(tmp_path / "ct")
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())
+    config["quantization_config"][key] = {"format": "dense"}
+    (tmp_path / "ct" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{key} is set"):
+        ct.load(tmp_path / "ct")
+
+
+def test_symmetric_is_true_or_false(tmp_path):
+    from tiny_export import export
+
+    export(tmp_path / "ct")
+    file = tmp_path / "ct" / "config.json"
+    file.write_text(file.read_text().replace('"symmetric": true', '"symmetric": "false"'))
+    with pytest.raises(ValueError, match="symmetric 'false'; expected true or false"):
+        ct.load(tmp_path / "ct")

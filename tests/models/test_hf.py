@@ -85,3 +85,13 @@ def test_the_demo_wheel_loads_and_is_cached(demo):
     assert model.config.rms_norm_eps == pytest.approx(9.99999975e-06, rel=1e-9)
     assert tokenizer.chat_template
     assert next(hf.cache_dir().glob("models/*/config.json"))
+
+
+def test_a_model_that_lacks_a_tensor_is_not_filled_with_random_numbers(directory):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"tensor model\.layers\.0\.mlp\.up_proj\.weight is missing"):
+        hf.load(path=str(directory))
