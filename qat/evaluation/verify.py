@@ -70,7 +70,7 @@ def verify(path: Path, device: str = "auto") -> dict[str, Any]:
     try:
         found = _check(path, certificate, device)
     finally:
-        if "sha256" in certificate and os.access(path, os.W_OK):  # a directory may be read-only
+        if certificate and os.access(path, os.W_OK):  # a directory may be read-only
             _write(path, certificate | found)
     return certificate | found
 
@@ -82,7 +82,7 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
     checks: dict[str, Any] = {}
     if "sha256" in certificate:
         checks["tensors"] = _tensors(checkpoint, certificate["sha256"])
-        checks["files"] = _files(path, certificate.get("files", {}))
+        checks["files"] = _files(path, certificate.get("files"))
     else:
         unchecked.append("tensors: no certificate lies beside the checkpoint, so nothing says what they should be")
     if not sequences:
@@ -91,7 +91,8 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
         raise ValueError(f"{path / reference.FILE}: not the reference that {CERTIFICATE} certifies; it was changed")
     captured = certificate.get("captured")
     if isinstance(captured, dict):
-        checks["captured"] = {**captured, "passed": 0 < captured["equal"] == captured["modules"]}
+        equal, modules = captured.get("equal"), captured.get("modules")
+        checks["captured"] = {**captured, "passed": isinstance(equal, int) and 0 < equal == modules}
     elif captured is None:
         unchecked.append("weights of the training graph: only the run that trained them could capture them")
     checks |= _foreign(checkpoint, sequences)
@@ -134,18 +135,18 @@ def _engine(path: Path, sequences: list[Sequence], device: str) -> dict[str, Any
     for sequence, scores in zip(sequences, _scores(llm, sequences), strict=True):
         worst = max(worst, difference(scores, sequence.logits))
         largest = max(largest, float(sequence.logits.abs().max()))
-    tokens = max(len(s.generated) for s in sequences)
-    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    lengths = [len(s.generated) for s in sequences]
+    params = SamplingParams(max_tokens=max(lengths), temperature=0.0, ignore_eos=True)
     outputs = llm.generate([s.ids[: s.prompt].tolist() for s in sequences], params)
-    equal = sum(list(o.token_ids) == s.generated for o, s in zip(outputs, sequences, strict=True))
+    equal = sum(o.token_ids[: len(s.generated)] == s.generated for o, s in zip(outputs, sequences, strict=True))
     llm.check_integrity()
-    enough = len(sequences) >= MIN_PROMPTS and tokens >= MIN_TOKENS
+    enough = len(sequences) >= MIN_PROMPTS and min(lengths) >= MIN_TOKENS
     return {
         "max_abs_logit_diff": worst,
         "max_abs_logit": largest,
         "greedy_equal": equal,
         "prompts": len(sequences),
-        "tokens": tokens,
+        "tokens": min(lengths),
         "passed": worst <= LOGIT_BOUND * largest and equal == len(sequences) and enough,
     }
 
@@ -189,8 +190,9 @@ def _file_digests(path: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
 
 
-def _files(path: Path, sha: Mapping[str, str]) -> dict[str, Any]:
+def _files(path: Path, sha: Any) -> dict[str, Any]:
     """Whether those files still are what they were; ones that came later are nobody's."""
+    sha = sha if isinstance(sha, dict) else {}
     now = _file_digests(path)
     changed = sorted(name for name, value in sha.items() if now.get(name) != value)
     return {"equal": len(sha) - len(changed), "changed": changed, "passed": bool(sha) and not changed}

@@ -128,7 +128,7 @@ def test_a_bare_checkpoint_says_what_could_not_be_checked(tmp_path):
     assert not certificate["verified"]
     assert len(certificate["unchecked"]) == 3
     assert certificate["checks"]["compressed_tensors"]["passed"]
-    assert json.loads((tmp_path / "ct" / "verify.json").read_text()) == {"verified": False}
+    assert json.loads((tmp_path / "ct" / "verify.json").read_text())["verified"] is False
 
 
 def test_captured_weights_must_all_be_equal(copy):
@@ -140,68 +140,6 @@ def test_captured_weights_must_all_be_equal(copy):
     ):
         (copy / "verify.json").write_text(json.dumps(certificate | {"captured": captured}))
         assert verify(copy)["verified"] is passed
-
-
-def test_too_few_prompts_prove_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("tiny_export.PROMPTS", ([5, 9],))
-    export(tmp_path / "ct")
-    assert not verify(tmp_path / "ct")["verified"]
-
-
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
-def test_other_files_must_be_those_that_were_certified(copy, name):
-    text = (copy / name).read_text()
-    (copy / name).write_text(text + "\n")
-    certificate = verify(copy)
-    assert certificate["checks"]["files"]["changed"] == [name]
-    assert not certificate["verified"]
-
-
-def test_a_check_that_breaks_off_takes_back_what_was_said_before(copy):
-    assert verify(copy)["verified"]
-    edit(copy, flip("model.norm.weight"))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
-        verify(copy)
-    assert not json.loads((copy / "verify.json").read_text())["verified"]
-
-
-def test_logits_that_are_not_numbers_are_close_to_nothing(copy, monkeypatch):
-    from qat.engine.llm import LLM
-    from qat.evaluation import foreign
-    from qat.evaluation.reference import difference
-
-    assert difference(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
-    score = LLM.score
-    monkeypatch.setattr(LLM, "score", lambda *a: [torch.full_like(s, torch.nan) for s in score(*a)])
-    logits = foreign.logits
-    monkeypatch.setattr(foreign, "difference", lambda found, expected: difference(found * torch.nan, expected))
-    checks = verify(copy)["checks"]
-    assert logits is foreign.logits
-    assert not checks["engine"]["passed"]
-    assert not checks["transformers_fp32"]["passed"]
-    assert not checks["fast_path"]["passed"]
-
-
-def test_a_flip_that_is_no_near_tie_fails_the_fast_path(copy, monkeypatch):
-    """Noise is measured where nothing flipped: one position that is far off cannot excuse itself."""
-    from qat.engine.llm import LLM
-
-    score = LLM.score
-
-    def off(llm, texts, prefill):
-        found = score(llm, texts, prefill)
-        if llm.config.kernel != "reference":
-            found[0][2] = -found[0][2]
-        return found
-
-    assert verify(copy)["checks"]["fast_path"]["passed"]
-    monkeypatch.setattr(LLM, "score", off)
-    certificate = verify(copy)
-    assert certificate["verified"], "the fast path is a measurement"
-    assert {"prompt": 0, "position": 2} in [
-        {key: flip[key] for key in ("prompt", "position")} for flip in certificate["checks"]["fast_path"]["flips"]
-    ]
-    assert not certificate["checks"]["fast_path"]["passed"]
 
 
 @pytest.mark.parametrize(("prompts", "tokens"), [(1, 32), (2, 32), (3, 31), (3, 1)])
@@ -291,3 +229,63 @@ def test_a_certificate_without_digests_proves_nothing(copy):
     assert all(check["passed"] for check in found["checks"].values())
     assert "tensors" not in found["checks"]
     assert not found["verified"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_other_files_must_be_those_that_were_certified(copy, name):
+    text = (copy / name).read_text()
+    (copy / name).write_text(text + "\n")
+    certificate = verify(copy)
+    assert certificate["checks"]["files"]["changed"] == [name]
+    assert not certificate["verified"]
+
+
+def test_a_check_that_breaks_off_takes_back_what_was_said_before(copy):
+    assert verify(copy)["verified"]
+    edit(copy, flip("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        verify(copy)
+    assert not json.loads((copy / "verify.json").read_text())["verified"]
+
+
+def test_logits_that_are_not_numbers_are_close_to_nothing(copy, monkeypatch):
+    from qat.evaluation.reference import difference
+
+    assert difference(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
+    score = LLM.score
+    monkeypatch.setattr(LLM, "score", lambda *a: [torch.full_like(s, torch.nan) for s in score(*a)])
+    logits = foreign.logits
+    monkeypatch.setattr(foreign, "difference", lambda found, expected: difference(found * torch.nan, expected))
+    checks = verify(copy)["checks"]
+    assert logits is foreign.logits
+    assert not checks["engine"]["passed"]
+    assert not checks["transformers_fp32"]["passed"]
+    assert not checks["fast_path"]["passed"]
+
+
+def test_a_flip_that_is_no_near_tie_fails_the_fast_path(copy, monkeypatch):
+    """Noise is measured where nothing flipped: one position that is far off cannot excuse itself."""
+    score = LLM.score
+
+    def off(llm, texts, prefill):
+        found = score(llm, texts, prefill)
+        if llm.config.kernel != "reference":
+            found[0][2] = -found[0][2]
+        return found
+
+    assert verify(copy)["checks"]["fast_path"]["passed"]
+    monkeypatch.setattr(LLM, "score", off)
+    certificate = verify(copy)
+    assert certificate["verified"], "the fast path is a measurement"
+    assert {"prompt": 0, "position": 2} in [
+        {key: flip[key] for key in ("prompt", "position")} for flip in certificate["checks"]["fast_path"]["flips"]
+    ]
+    assert not certificate["checks"]["fast_path"]["passed"]
+
+
+@pytest.mark.parametrize("change", [{"files": None}, {"files": []}, {"captured": {}}, {"captured": {"equal": "a"}}])
+def test_a_certificate_that_says_nothing_proves_nothing(copy, change):
+    certificate = json.loads((copy / "verify.json").read_text())
+    (copy / "verify.json").write_text(json.dumps(certificate | change | {"verified": True}))
+    assert not verify(copy)["verified"]
+    assert not json.loads((copy / "verify.json").read_text())["verified"]
