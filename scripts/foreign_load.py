@@ -59,7 +59,7 @@ def main(path: Path) -> int:
         own = decode(parts[0], parts[1].tolist(), group["weights"]["num_bits"], parts[2])
         weight = model.get_submodule(name).weight
         assert weight.dtype == own.dtype, f"{name}: {weight.dtype}, expected {own.dtype}"
-        difference = max(difference, float((weight.float() - own.float()).abs().max()))
+        difference = max(difference, float((weight.float() - own.float()).abs().nan_to_num(nan=torch.inf).max()))
     print(f"{model.dtype}: {len(names)} quantized weights, largest difference {difference}")
     return 0 if names and worst <= 1e-4 * largest and difference == 0 else 1
 

@@ -108,7 +108,7 @@ def test_a_failed_engine_is_told_by_the_exit_status(run, monkeypatch):
         statuses.append(httpx.get(url + "/health").status_code)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    asker = threading.Thread(target=ask)
+    asker = threading.Thread(target=ask, daemon=True)  # a server that never comes must not keep the tests alive
     asker.start()
     assert main(["serve", f"run={run}", f"server.port={port}", "engine.device=cpu"]) == 1
     asker.join()
