@@ -15,9 +15,9 @@ from qat.training.divergences import NO_TARGET, per_token
 from qat.training.losses import Loss
 from qat.training.split import SplitModel
 
-# Logits of one model at once: 1365 tokens of the demo model (vocabulary 49152), 128 MiB in bf16. Three such tensors live
-# together: student, teacher, gradient. On a CPU 2048 tokens take as long with 2**22 as with 2**28, so memory decides; it
-# is no smaller because each chunk costs launches on a GPU, whose matrix products need many rows.
+# Logits of one model at once: 1365 tokens of the demo model (vocabulary 49152), 128 MiB in bf16; three such tensors
+# exist together: student, teacher, gradient. On a CPU 2048 tokens take as long with 2**22 as with 2**28, so memory
+# decides. It is no smaller because a chunk costs launches on a GPU, whose matrix products want many rows.
 LOGITS = 2**26
 
 Measure = Callable[[slice, Tensor], Tensor]  # a chunk and its hidden states [n, H] -> its share of the means [parts]

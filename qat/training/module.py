@@ -58,7 +58,7 @@ class QATModule(pl.LightningModule):
         if self._teacher is not None:
             _check_vocabulary(self.split, self._teacher)
         self.loss, self.schedule, self.optim, self.steps = loss, schedule, optim, steps
-        # NaN stays NaN; a MeanMetric that lets it would ignore its weights (torchmetrics 1.8, 1.9)
+        # NaN stays NaN. Not a MeanMetric: with this strategy it forgets its weights (torchmetrics 1.9)
         self.val_nll, self.val_tokens = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.learns_scale = any(m.weight_fake_quant.estimator.learns_scale for m in fake_quants(student).values())
         self._rng: dict[str, Any] | None = None

@@ -93,17 +93,15 @@ def test_one_window_that_is_not_a_number_is_not_left_out_of_the_mean():
 BATCH = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_nan_is_traced_to_the_module_that_produced_it(compiled):
-    """Parameters are finite, and so is what reaches it."""
-    found = module()
+def test_a_nan_is_traced_to_the_module_that_produced_it():
+    """Parameters are finite, and so is what reaches it. Compiled graphs call no hooks, so they are not asked."""
+    found, calls = module(), []
     found.student.model.layers[1].mlp.act_fn.forward = lambda x: (x - x) / (x - x)
-    if compiled:  # compiled graphs call no hooks
-        found.split._decoder = torch.compile(found.student.base_model, backend="aot_eager")
+    found.split._decoder = lambda **kwargs: calls.append(1) or found.student.base_model(**kwargs)
     words = r"loss is nan at step 0 \(the output of model\.layers\.1\.mlp\.act_fn is not finite\); the last checkpoint"
     with pytest.raises(ValueError, match=words):
         found.training_step(BATCH, 0)
-    torch._dynamo.reset()
+    assert calls == [1]
 
 
 def test_a_teacher_that_is_not_finite_is_told_from_the_student():
@@ -114,10 +112,9 @@ def test_a_teacher_that_is_not_finite_is_told_from_the_student():
         found.training_step(BATCH, 0)
 
 
-@pytest.mark.parametrize("loss", [Loss(kl=0.0, reverse_kl=1.0), Loss(kl=0.0, jsd=1.0, beta=0.2, ce=0.1)])
-def test_a_compiled_decoder_trains_the_same(loss):
-    eager = module(loss=loss)
-    compiled = module(loss=loss)
+def test_a_compiled_decoder_trains_the_same():
+    loss = Loss(kl=0.0, reverse_kl=1.0, jsd=1.0, ce=0.1)
+    eager, compiled = module(loss=loss), module(loss=loss)
     compiled.split._decoder = torch.compile(compiled.student.base_model, backend="aot_eager")
     for one in (eager, compiled):
         one.log_dict = lambda values: None
