@@ -78,6 +78,11 @@ def input_scales(model: nn.Module) -> Folded:
     return result
 
 
+def is_input_scale(name: str) -> bool:
+    """Whether an entry of `folded` belongs to a calibrated input, and is no parameter of the model."""
+    return name.rpartition(".")[2] in ("input_scale", "input_zero_point", "input_global_scale")
+
+
 @torch.no_grad()
 def quantize_inputs(model: nn.Module, recipe: Recipe, folded: Folded, observer: Observer | None = None) -> None:
     """Fake-quantizes, in place, the inputs of every plain linear that the recipe says, with the scales of `folded`.
@@ -128,7 +133,7 @@ def apply(
     for name, tensor in tensors.items():
         _replace(result, f"{name}.weight", tensor.dequantize(dtype or model.get_parameter(f"{name}.weight").dtype))
     for name, value in folded.items():
-        if not name.rpartition(".")[2].startswith("input_"):
+        if not is_input_scale(name):
             _replace(result, name, value)
     if recipe is not None:
         quantize_inputs(result, recipe, folded)
