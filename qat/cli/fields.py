@@ -97,7 +97,7 @@ def export_format(value: Any) -> str | None:
 def widths(value: Any) -> str | None:
     """A list of two numbers of bits or more, none twice."""
     if isinstance(value, list) and len(value) >= 2 and all(whole(2, 8)(b) is None for b in value):
-        return None if len(set(value)) == len(value) else f"{describe(value)} names a width twice"
+        return None if len(set(value)) == len(value) else f"expected each width once, found {describe(value)}"
     return f"expected a list of integers from 2 to 8, at least two; found {describe(value)}"
 
 

@@ -91,8 +91,9 @@ def groups(recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
 
 def budget(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
     """Bits per quantized weight that some choice of widths can meet, and that are not more than all take."""
-    value, widths = config.get("budget"), config.get("bits")
-    if value is None or POSITIVE(value) or check_widths(widths) or next(groups(recipe, facts), None):
+    value: Any = config.get("budget")
+    widths = config.get("bits", [])
+    if POSITIVE(value) or check_widths(widths) or next(groups(recipe, facts), None):
         return
     hits = [(recipe.rule_for(name), shape) for name, shape in facts.linears.items()]
     weights = [(hit[1].weight, shape) for hit, shape in hits if hit and hit[1].weight]

@@ -42,7 +42,7 @@ def mixed_recipe(recipe: Config, blocks: str, widths: Mapping[str, int], rules: 
 
 def dump(recipe: Config, comment: str) -> str:
     """A recipe's config as a file of the group `recipe`, a comment first."""
-    return f"# {comment}\n" + yaml.safe_dump(recipe, sort_keys=False, width=1000)
+    return f"# {comment}\n" + yaml.safe_dump(recipe, sort_keys=False, width=1000, default_flow_style=None)
 
 
 def _rule(rule: Config, match: str, bits: int) -> Config:
@@ -64,12 +64,13 @@ def _patterns(blocks: str, modules: list[str], of: list[str]) -> list[str]:
     kinds: dict[tuple[str, ...], list[str]] = {}
     for kind, indices in places.items():
         kinds.setdefault(tuple(indices), []).append(kind)
-    for indices, members in kinds.items():
+    for where, members in kinds.items():
+        some = _any(list(where))
         rest = _any([re.escape(kind) for kind in members])
         all_blocks = rf"{re.escape(blocks)}\.\d+\.{rest}"
         reached = sum(re.fullmatch(all_blocks, name) is not None for name in of)
-        everywhere = len(indices) > 1 and reached == len(indices) * len(members)
-        result.append(all_blocks if everywhere else rf"{re.escape(blocks)}\.{_any(list(indices))}\.{rest}")
+        everywhere = len(where) > 1 and reached == len(where) * len(members)
+        result.append(all_blocks if everywhere else rf"{re.escape(blocks)}\.{some}\.{rest}")
     return result
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from qat.cli.fields import at, is_number
 from qat.cli.problem import Problem
+from qat.numerics.allocate import at_width
 from qat.numerics.granularity import PerTensor, PerToken
-from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
 
 LOSS_WEIGHTS = ("kl", "ce")
@@ -103,8 +103,10 @@ def widths(recipe: Recipe) -> Iterator[Problem]:
     """Every grid has widths to choose from."""
     for where, rule in _weight_rules(recipe):
         assert rule.weight is not None
-        if not isinstance(rule.weight.grid, IntGrid):
-            yield Problem(f"{where}.weight.grid", f"{rule.weight} has no widths to choose from; use an integer grid")
+        try:
+            at_width(rule.weight, 8)
+        except ValueError as error:
+            yield Problem(f"{where}.weight.grid", str(error))
 
 
 def compressed_tensors(recipe: Recipe) -> Iterator[Problem]:

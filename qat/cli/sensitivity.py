@@ -16,8 +16,8 @@ from qat.cli import tracking
 from qat.cli.arms import full_precision_arm, ptq_arm
 from qat.cli.meter import Meter
 from qat.cli.mixed import dump, mixed_recipe
-from qat.cli.rundir import find
 from qat.cli.run import WIDTH, say
+from qat.cli.rundir import find
 from qat.cli.workbench import Workbench, open_workbench
 from qat.evaluation.divergence import mean, standard_error
 from qat.evaluation.sensitivity import Replay, Unit, divided, measure, units

@@ -106,21 +106,16 @@ class Replay:
         self.model = model.eval()
         layers = model.get_submodule(blocks)
         assert isinstance(layers, nn.ModuleList)
-        self._layers = layers
+        self._layers = list(layers)
         device = next(model.parameters()).device
         self._batches = [batch.to(device) for batch in batches]
         self._inputs: list[list[Tensor]] = []  # batch by batch, block by block
         self._reference: list[Tensor] = []
         self._nll: list[Tensor] = []
         for batch in self._batches:
-            heard: list[Tensor] = []
-            handles = [layer.register_forward_pre_hook(lambda _, args: heard.append(args[0])) for layer in layers]
-            try:
+            with _heard(self._layers) as inputs:
                 logits = model(input_ids=batch, use_cache=False).logits
-            finally:
-                for handle in handles:
-                    handle.remove()
-            self._inputs.append(heard)
+            self._inputs.append(inputs)
             self._reference.append(logits)
             self._nll.append(_nll(logits, batch))
 
@@ -191,6 +186,18 @@ def swapped(model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor]) -> I
     finally:
         for module, key, old in before:
             module._parameters[key] = old
+
+
+@contextmanager
+def _heard(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """While open, fills with the hidden states that these blocks are called with."""
+    heard: list[Tensor] = []
+    handles = [layer.register_forward_pre_hook(lambda _, args: heard.append(args[0])) for layer in layers]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

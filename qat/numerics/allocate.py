@@ -10,7 +10,7 @@ both bits and loss, less those whose Lagrangian bound is above the loss of an al
 bound for a multiplier m >= 0 is `sum_u min_c (loss[u, c] + m * bits[u, c]) - m * budget` (Everett 1963).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 

@@ -62,22 +62,24 @@ def allocation_lines(state: Mapping[str, Any], measured: float) -> list[str]:
     for row in state["units"].values():
         counts[row["chosen"]] = counts.get(row["chosen"], 0) + len(row["modules"])
     widths = ", ".join(f"{counts[bits]} modules at {bits} bits" for bits in sorted(counts))
-    gap = chosen["loss"] - chosen["bound"]
+    gap, size = chosen["loss"] - chosen["bound"], chosen["bits_per_quantized_weight"]
     lines = [
-        f"chosen: {widths}; {chosen['bits_per_quantized_weight']:.4f} bits per quantized weight of {chosen['budget']:g}",
+        f"chosen: {widths}; {size:.4f} bits per quantized weight of {chosen['budget']:g}",
         f"sum of the units' losses {chosen['loss']:.4g}, the least there is (the Lagrangian bound is {gap:.1e} below); "
         f"KL of the whole recipe {measured:.4g}: losses do not add up exactly",
     ]
     if smoothed := chosen["smoothed"]:
         lines.append(
-            f"{len(smoothed)} of {len(state['units'])} units lost less at a smaller width, or less than nothing: noise, "
-            f"which was averaged out (isotonic regression, never negative)"
+            f"{len(smoothed)} of {len(state['units'])} units lost less at a smaller width, or less than nothing: "
+            f"noise, which was averaged out (isotonic regression, never negative)"
         )
     if divided := chosen["divided"]:
         lines.append(
             f"NOTE: {len(divided)} groups of linears that share their input have several widths, first {divided[0]}; "
             f"engines that fuse them (vLLM, SGLang) need one: unit=stage"
         )
+    if len(counts) == 1:
+        return [*lines, "no mixture within the budget is expected to lose less than one width for all"]
     saved, noise = versus["kl_saved"], versus["kl_saved_se"]
     where = "below" if saved > 0 else "above"
     rival = f"{versus['arm']}'s, the largest single width that fits ({versus['bits_per_quantized_weight']:.4f} bits)"
@@ -97,12 +99,15 @@ def draw(state: Mapping[str, Any], directory: Path) -> list[Path]:
     units = state["units"]
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.add_subplot()
-    for i, bits in enumerate(next(iter(units.values()))["widths"]):
-        losses = [row["widths"][bits]["loss"] for row in units.values()]
-        axes.plot(range(len(units)), losses, "o", color=f"C{i}", markersize=4, label=f"{bits} bits")
+    losses = {
+        bits: [row["widths"][bits]["loss"] for row in units.values()] for bits in next(iter(units.values()))["widths"]
+    }
+    for i, (bits, values) in enumerate(losses.items()):
+        axes.plot(range(len(units)), values, "o", color=f"C{i}", markersize=4, label=f"{bits} bits")
     chosen = [row["widths"][str(row["chosen"])]["loss"] for row in units.values()]
     axes.plot(range(len(units)), chosen, "o", color="black", fillstyle="none", markersize=8, label="chosen")
-    axes.set_yscale("symlog", linthresh=min((loss for loss in chosen if loss > 0), default=1.0))
+    least = min((value for values in losses.values() for value in values if value > 0), default=1.0)
+    axes.set_yscale("symlog", linthresh=least)  # logarithmic, and 0 has a place
     step = max(len(units) // 30, 1)
     axes.set_xticks(range(0, len(units), step), list(units)[::step], rotation=90, fontsize=6)
     axes.set_ylabel(f"{state['allocation']['metric']}, nats per token, one unit at a time")

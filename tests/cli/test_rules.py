@@ -1,6 +1,7 @@
 import pytest
 
 from qat.cli.rules import check_rules
+from qat.numerics import allocate
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
@@ -67,6 +68,15 @@ def test_what_fits_or_is_broken_otherwise_passes(config):
 def test_recipes_that_quantize_no_weight(rule, words):
     (text,) = said({}, Recipe({"a": rule}))
     assert text.startswith(words)
+
+
+def test_widths_are_chosen_on_integer_grids(monkeypatch):
+    recipe = Recipe({"a": Rule(".*", GOOD), "b": Rule("x", None)})
+    assert said({"bits": [2, 4]}, recipe) == []
+    monkeypatch.setattr(allocate, "IntGrid", str)  # any other grid
+    (text,) = said({"bits": [2, 4]}, recipe)
+    assert text == "recipe.rules.a.weight.grid: int4_g16: only integer grids have widths to choose from"
+    assert said({}, recipe) == []
 
 
 @pytest.mark.parametrize(
