@@ -1,7 +1,7 @@
 """What a model loses where one unit of it is quantized at one width, and all else is in full precision.
 
-A unit is whatever gets a width of its own. The blocks before the first one that a unit changes compute what they
-always do, so they are not run again: on average half of the work.
+Weights alone: inputs are left in full precision, too. A unit is whatever gets a width of its own. The blocks before the
+first one that a unit changes compute what they always do, so they are not run again: on average half of the work.
 """
 
 import re

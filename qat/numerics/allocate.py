@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from qat.numerics.grid import IntGrid
-from qat.numerics.scheme import Scheme
+from qat.numerics.scheme import E4M3, E8M0, Scheme
 
 Options = Sequence[tuple[int, float]]
 Shape = tuple[int, ...]
@@ -52,7 +52,7 @@ def at_width(scheme: Scheme, bits: int) -> Scheme:
 
 
 def stored_bits(scheme: Scheme, shape: Shape, storage_bits: int = 16) -> int:
-    """Bits of a weight's codes, scales and zero points, as `QuantizedTensor.bits` counts them on integer grids.
+    """Bits of a weight's codes, scales and zero points, as `QuantizedTensor.bits` counts them.
 
     Args:
         scheme: How it is quantized.
@@ -60,8 +60,9 @@ def stored_bits(scheme: Scheme, shape: Shape, storage_bits: int = 16) -> int:
         storage_bits: Of the storage dtype, which scales have unless the scheme fixes another.
     """
     zeros = 0 if scheme.symmetric else scheme.grid.bits
-    width = {None: storage_bits, "float32": 32}.get(scheme.scale_dtype, 16)
-    return prod(shape) * scheme.grid.bits + prod(scheme.granularity.scale_shape(shape)) * (width + zeros)
+    width = {None: storage_bits, "float32": 32, E4M3: 8, E8M0: 8}.get(scheme.scale_dtype, 16)
+    scales = prod(scheme.granularity.scale_shape(shape))
+    return prod(shape) * scheme.grid.bits + scales * (width + zeros) + 32 * scheme.two_level
 
 
 def budget_bits(

@@ -5,12 +5,12 @@ import pytest
 import torch
 from tiny import scheme
 
-from qat.numerics.affine import rtn
+from qat.numerics.affine import divisor, rtn
 from qat.numerics.allocate import allocate, at_width, budget_bits, monotone, stored_bits
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
-from qat.numerics.grid import IntGrid
+from qat.numerics.grid import Codebook, FloatGrid, IntGrid
 from qat.numerics.qtensor import QuantizedTensor
-from qat.numerics.scheme import Scheme
+from qat.numerics.scheme import E4M3, E8M0, Scheme
 
 
 def instance(generator: random.Random, units: int, options: int) -> list[list[tuple[int, float]]]:
@@ -85,6 +85,24 @@ def test_bits_are_those_of_the_quantized_tensor(granularity, symmetric, scale_dt
         how = Scheme(IntGrid(bits), granularity, symmetric=symmetric, scale_dtype=scale_dtype)
         tensor = QuantizedTensor(*rtn(torch.randn(24, 32), how, dtype), how, (24, 32))
         assert stored_bits(how, (24, 32), dtype.itemsize * 8) == tensor.bits
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Scheme(FloatGrid("e2m1"), PerGroup(16), scale_dtype=E4M3),
+        Scheme(FloatGrid("e4m3"), PerGroup(32), scale_dtype=E8M0),
+        Scheme(Codebook("nf4"), PerGroup(16)),
+    ],
+    ids=str,
+)
+def test_bits_of_other_grids(how):
+    weight = torch.randn(24, 32)
+    g = divisor([weight], how)
+    tensor = QuantizedTensor(*rtn(weight, how, torch.bfloat16, g), how, (24, 32), g)
+    assert stored_bits(how, (24, 32)) == tensor.bits
+    with pytest.raises(ValueError, match="only integer grids have widths"):
+        at_width(how, 4)
 
 
 def test_another_width_is_all_that_differs():
