@@ -61,10 +61,10 @@ def allocation_lines(state: Mapping[str, Any], measured: float) -> list[str]:
     counts: dict[int, int] = {}
     for row in state["units"].values():
         counts[row["chosen"]] = counts.get(row["chosen"], 0) + len(row["modules"])
-    widths = ", ".join(f"{counts[bits]} modules at {bits} bits" for bits in sorted(counts))
+    widths = ", ".join(f"{counts[bits]} at {bits} bits" for bits in sorted(counts))
     gap, size = chosen["loss"] - chosen["bound"], chosen["bits_per_quantized_weight"]
     lines = [
-        f"chosen: {widths}; {size:.4f} bits per quantized weight of {chosen['budget']:g}",
+        f"modules: {widths}; {size:.4f} bits per quantized weight of {chosen['budget']:g}",
         f"sum of the units' losses {chosen['loss']:.4g}, the least there is (the Lagrangian bound is {gap:.1e} below); "
         f"KL of the whole recipe {measured:.4g}: losses do not add up exactly",
     ]

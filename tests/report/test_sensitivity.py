@@ -75,7 +75,7 @@ def test_recipes_stand_by_their_size():
 
 def test_what_was_chosen_is_said():
     lines = allocation_lines(STATE, 0.04)
-    assert lines[0] == "chosen: 2 modules at 2 bits, 1 modules at 4 bits; 2.9000 bits per quantized weight of 3"
+    assert lines[0] == "modules: 2 at 2 bits, 1 at 4 bits; 2.9000 bits per quantized weight of 3"
     assert "0.03, the least there is (the Lagrangian bound is 1.0e-03 below); KL of the whole recipe 0.04" in lines[1]
     assert len(lines) == 3
 
