@@ -8,8 +8,8 @@ from torch import Tensor
 from torchmetrics import SumMetric
 from transformers import PreTrainedModel
 
-from qat.nn.fake_quantize import Phase
-from qat.surgery.prepare import fake_quants, set_phase
+from qat.nn.fake_quantize import FakeQuantize, Phase
+from qat.surgery.prepare import set_phase
 from qat.training.chunked import chunked_loss
 from qat.training.finite import first_not_finite
 from qat.training.losses import Loss
@@ -60,7 +60,7 @@ class QATModule(pl.LightningModule):
         self.loss, self.schedule, self.optim, self.steps = loss, schedule, optim, steps
         # NaN stays NaN. Not a MeanMetric: with this strategy it forgets its weights (torchmetrics 1.9)
         self.val_nll, self.val_tokens = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
-        self.learns_scale = any(m.weight_fake_quant.estimator.learns_scale for m in fake_quants(student).values())
+        self.learns_scale = any(m.estimator.learns_scale for m in student.modules() if isinstance(m, FakeQuantize))
         self._rng: dict[str, Any] | None = None
 
     @property
