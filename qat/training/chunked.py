@@ -2,7 +2,8 @@
 
 A chunk's gradient is taken as soon as its loss is known, with respect to its hidden states and to the head's
 parameters, and only these are kept until backward. So the head runs once for every token, as it would without chunks,
-and nothing is recomputed. (`torch.utils.checkpoint` would run both models' heads twice.)
+and nothing is recomputed. (`torch.utils.checkpoint` would run both models' heads twice.) What a head does with its
+weight, such as fake-quantizing it, it does for every chunk; an observer of its inputs sees chunks, not batches.
 """
 
 from collections.abc import Callable

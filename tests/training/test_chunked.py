@@ -11,7 +11,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from qat.nn.estimators import LSQ
 from qat.nn.observers.minmax import MinMax
+from qat.numerics.granularity import PerToken
+from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme
 from qat.surgery.prepare import prepare
 from qat.training import chunked
 from qat.training.chunked import chunked_loss
@@ -26,9 +29,9 @@ LOSS = Loss(kl=0.5, reverse_kl=0.25, jsd=2.0, beta=0.3, ce=0.7)
 VOCABULARY = 256
 
 
-def prepared(tied=True, train_embeddings=False, head=None):
+def prepared(tied=True, train_embeddings=False, head=None, inputs=None):
     model = tiny(tied=tied)
-    rules = dict(recipe().rules) | {"head": Rule("lm_head", head)}
+    rules = dict(recipe().rules) | {"head": Rule("lm_head", head, inputs)}
     prepare(model, Recipe(rules), MinMax(), LSQ(), train_embeddings=train_embeddings)
     return model
 
@@ -46,6 +49,9 @@ HEADS = {
     "trained": lambda: prepared(tied=False),
     "trained and tied": lambda: prepared(train_embeddings=True),
     "quantized": lambda: prepared(tied=False, head=scheme(3)),
+    "quantized with inputs": lambda: prepared(
+        tied=False, head=scheme(8), inputs=Scheme(IntGrid(8), PerToken(), dynamic=True)
+    ),
     "plain": lambda: tiny(tied=False),
     "soft-capped": capped,
 }

@@ -3,6 +3,9 @@
 import pytest
 
 from qat.cli.source import is_light
+from qat.cli.tree import Tree
+from qat.cli.validate import validate
+from qat.cli.verbs import VERBS
 from qat.training.losses import Loss
 
 
@@ -33,3 +36,15 @@ def test_what_means_nothing_is_refused(arguments, words):
 
 def test_configs_are_refused_without_torch():
     assert is_light("qat.training.losses")
+    overrides = ["loss=jsd", "loss.beta=1.5", "loss.reverse_kl=-1"]
+    (problem,) = validate(VERBS["train"], overrides, Tree.of([]), files=False)[1]
+    assert str(problem).startswith("loss: reverse_kl=-1: a weight is finite and not negative")
+    assert "beta=1.5: a share between 0 and 1" in str(problem)
+
+
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "jsd", "ce", "ce_kl"])
+def test_each_config_is_what_it_is_called(name):
+    config, problems = validate(VERBS["train"], [f"loss={name}"], Tree.of([]), files=False)
+    assert problems == []
+    arguments = {key: value for key, value in config["loss"].items() if key != "_target_"}
+    assert set(Loss(**arguments).weights) == ({"ce", "kl"} if name == "ce_kl" else {name})
