@@ -149,6 +149,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
         tokenizer,
         hf.cache_dir() / "tokens",
         config["data"]["path"],
+        config["data"]["extra"],
     )
     check_servable(model, tokenizer, config)
     windows = tokens.windows("test", test["seq_len"], test["windows"])

@@ -16,6 +16,7 @@ def test_every_word_is_there():
         "serve",
         "chat",
         "compare",
+        "generate",
         "configs",
         "env",
     ]
