@@ -92,10 +92,10 @@ def device(value: Any) -> str | None:
 
 
 def export_format(value: Any) -> str | None:
-    """A module of `qat/formats`."""
+    """A module of `qat/formats`, or `none`."""
     home = source.module_file("qat.formats")
     assert home is not None
-    return one_of(*sorted({path.stem for path in home.parent.glob("*.py")} - {"__init__", "base"}))(value)
+    return one_of(*sorted({path.stem for path in home.parent.glob("*.py")} - {"__init__", "base"}), "none")(value)
 
 
 POSITIVE = number("a number above 0", lambda x: x > 0)

@@ -137,7 +137,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
     model, tokenizer = hf.load(named["name"], named["path"], named["revision"], dtype)
     plan = match(model, recipe)
     for row in plan.rows:
-        if row.weight is not None:
+        if row.weight is not None and config["format"]["name"] != "none":
             compressed_tensors.check_scheme(row.name, row.weight, row.input)
     test, calib = config["evaluation"], config["calibration"]
     limit = model.config.max_position_embeddings
@@ -151,7 +151,8 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
         config["data"]["path"],
         config["data"]["extra"],
     )
-    check_servable(model, tokenizer, config)
+    if config["format"]["name"] != "none":
+        check_servable(model, tokenizer, config)
     windows = tokens.windows("test", test["seq_len"], test["windows"])
     batches = calibration(tokens, calib["samples"], calib["seq_len"], calib["batch_size"], calib["seed"])
     known = run is not None

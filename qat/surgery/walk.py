@@ -164,6 +164,7 @@ def _keep(store: Path, index: int, found: Changes, inputs: list[Tensor]) -> None
     parts = {f"folded/{name}": value for name, value in found.folded.items()}
     for name, tensor in found.tensors.items():
         values = {"codes": tensor.codes, "scale": tensor.scale, "zero_point": tensor.zero_point}
+        values["global_scale"] = tensor.global_scale
         parts |= {f"{key}/{name}": value for key, value in values.items() if value is not None}
     parts |= {f"stream/{i:06}": hidden for i, hidden in enumerate(inputs)}
     part = store / ".part"
@@ -200,8 +201,9 @@ def _tensors(parts: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Quantized
         hit = recipe.rule_for(name)
         assert hit is not None
         assert hit[1].weight is not None
-        scale, zero_point = parts[f"scale/{name}"], parts.get(f"zero_point/{name}")
-        result[name] = QuantizedTensor(codes, scale, zero_point, hit[1].weight, tuple(codes.shape))
+        scale, zero_point, g = (parts.get(f"{part}/{name}") for part in ("scale", "zero_point", "global_scale"))
+        assert scale is not None
+        result[name] = QuantizedTensor(codes, scale, zero_point, hit[1].weight, tuple(codes.shape), g)
     return result
 
 
