@@ -123,7 +123,6 @@ FIELDS: dict[str, Check] = {
     "export.dtype": one_of("bfloat16", "float16", "float32"),
     "certificate.new_tokens": whole(32),  # fewer prove nothing (`evaluation/verify.py`), as do fewer prompts than 3
     "generate.max_tokens": whole(),
-    "out": text(),
     "tokens": whole(),
     "length": whole(2),
     "sequences": whole(),

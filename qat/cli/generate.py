@@ -22,6 +22,7 @@ from qat.data.generated import Collection
 from qat.data.text import load, tokenizer_digest
 from qat.engine.config import EngineConfig, SamplingParams
 from qat.engine.llm import LLM
+from qat.engine.loader import ARCHITECTURES
 from qat.engine.sampler import uniforms
 from qat.formats.base import unquantized_state, write_directory
 from qat.models import hf
@@ -70,6 +71,8 @@ def teacher(config: dict[str, Any]) -> tuple[Path, str, str]:
     model, tokenizer = hf.load(named["name"], named["path"], named["revision"], dtype)
     if config["length"] > (limit := model.config.max_position_embeddings):
         raise ValueError(f"length={config['length']}: the model takes {limit} tokens at most")
+    if (architecture := type(model).__name__) not in ARCHITECTURES:
+        raise ValueError(f"model: the engine does not serve {architecture}; it has {', '.join(ARCHITECTURES)}")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token; sequences are joined by it")
     digest, sha = tokenizer_digest(tokenizer), fingerprint(model, dtype)

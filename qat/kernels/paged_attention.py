@@ -117,11 +117,8 @@ def paged_attention(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, paging: Pag
 
 def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: Chunk, scale: float) -> Tensor:
     """Attention of one chunk: its queries `[n * length, heads, head_dim]` -> the same shape."""
-    (n, kv_heads, context), dim = chunk.read.shape, q.shape[-1]
-    k, v = (
-        cache.view(-1, dim).index_select(0, chunk.read.view(-1)).view(n, kv_heads, context, dim).to(q.dtype)
-        for cache in (k_cache, v_cache)
-    )
+    (n, kv_heads, _), dim = chunk.read.shape, q.shape[-1]
+    k, v = (_gathered(cache, chunk.read).to(q.dtype) for cache in (k_cache, v_cache))
     if chunk.length == 1:  # the heads of a group see the same keys: they are the queries of one head
         y = F.scaled_dot_product_attention(q.reshape(n, kv_heads, -1, dim), k, v, chunk.mask, scale=scale)
         return y.reshape(q.shape)
@@ -129,3 +126,16 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: Chunk, scale: fl
     k, v = (t[0, :, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, chunk.mask, scale=scale)
     return y.permute(2, 0, 1, 3).reshape(chunk.length, -1, dim)
+
+
+def _gathered(cache: Tensor, read: Tensor) -> Tensor:
+    """The vectors that are read, `[n, kv_heads, L, head_dim]`.
+
+    They lie in memory of a rounded size: contexts grow with every step, and memory that was freed is of use for the
+    next one only if it is as large. At most a fifth is spare.
+    """
+    dim, count = cache.shape[-1], read.numel()
+    step = 1 << max(0, count.bit_length() - 3)
+    room = cache.new_empty(-(-count // step) * step, dim)[:count]
+    torch.index_select(cache.view(-1, dim), 0, read.reshape(-1), out=room)
+    return room.view(*read.shape, dim)

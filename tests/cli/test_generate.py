@@ -188,6 +188,14 @@ def test_what_cannot_be_is_refused_first(made, monkeypatch):
         assert (found, words in said) == (status, True), said
 
 
+def test_a_family_that_is_not_served_is_refused_before_it_is_written(made, monkeypatch):
+    monkeypatch.setattr(generate, "ARCHITECTURES", {"OtherForCausalLM": None})
+    monkeypatch.setattr(generate, "write_directory", None)
+    status, _, said = made("text")
+    assert status == 1
+    assert "the engine does not serve LlamaForCausalLM; it has OtherForCausalLM" in said
+
+
 def test_a_failure_of_the_engine_is_said(made, monkeypatch, tmp_path):
     def fail(self, chunks):
         raise torch.OutOfMemoryError("no room")
