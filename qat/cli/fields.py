@@ -98,6 +98,13 @@ def export_format(value: Any) -> str | None:
     return one_of(*sorted({path.stem for path in home.parent.glob("*.py")} - {"__init__", "base"}), "none")(value)
 
 
+def widths(value: Any) -> str | None:
+    """A list of two numbers of bits or more, none twice."""
+    if isinstance(value, list) and len(value) >= 2 and all(whole(2, 8)(b) is None for b in value):
+        return None if len(set(value)) == len(value) else f"expected each width once, found {describe(value)}"
+    return f"expected a list of integers from 2 to 8, at least two; found {describe(value)}"
+
+
 POSITIVE = number("a number above 0", lambda x: x > 0)
 UNSIGNED = number("a number of at least 0", lambda x: x >= 0)
 FRACTION = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
@@ -110,6 +117,11 @@ FIELDS: dict[str, Check] = {
     "path": text(null=True),
     "arm": text(null=True),
     "split": one_of("test", "validation"),
+    "budget": POSITIVE,
+    "bits": widths,
+    "unit": one_of("linear", "stage", "block", "kind"),
+    "metric": one_of("kl", "nll"),
+    "measured": text(null=True),
     "device": device,
     "threads": whole(null=True),
     "prompts": texts(least=3),

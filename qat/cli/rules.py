@@ -6,6 +6,7 @@ from typing import Any
 
 from qat.cli.fields import at, is_number
 from qat.cli.problem import Problem
+from qat.numerics.allocate import at_width
 from qat.numerics.granularity import PerTensor, PerToken
 from qat.numerics.grid import Codebook, IntGrid
 from qat.numerics.recipe import Recipe, Rule
@@ -27,6 +28,8 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     if isinstance(recipe := built.get("recipe"), Recipe):
         yield from recipe_quantizes(recipe)
         yield from weights(recipe)
+        if "bits" in config:
+            yield from widths(recipe)
         yield from estimators(config, recipe)
         if at(config, "format.name") == "compressed_tensors":
             yield from compressed_tensors(recipe)
@@ -120,6 +123,16 @@ def weights(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"{where}.weight.granularity", "a weight has no tokens; PerToken is for inputs")
         elif rule.weight.dynamic:
             yield Problem(f"{where}.weight.dynamic", "a weight's scale is stored, never dynamic; use dynamic=false")
+
+
+def widths(recipe: Recipe) -> Iterator[Problem]:
+    """Every grid has widths to choose from."""
+    for where, rule in _weight_rules(recipe):
+        assert rule.weight is not None
+        try:
+            at_width(rule.weight, 8)
+        except ValueError as error:
+            yield Problem(f"{where}.weight.grid", str(error))
 
 
 def estimators(config: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:

@@ -5,33 +5,17 @@ import shutil
 import pytest
 import torch
 from tiny import scheme
+from tiny_grids import DTYPES, OTHERS, bits, thousand_seeds
 
 from qat.kernels.fake_quant import _fake_quantize, fake_quantize, grid_of, served_scale, served_zero, watch
 from qat.numerics.affine import dequantize, divisor, quantize, rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from qat.numerics.grid import CODEBOOKS, Codebook, FloatGrid, IntGrid
+from qat.numerics.grid import Codebook, FloatGrid, IntGrid
 from qat.numerics.scheme import Scheme
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SEEDS = 1000
-
-
-def bits(x):
-    return x.view({4: torch.int32, 2: torch.int16}[x.element_size()])
 
 
 def op(x, scale, zero, grid, dtype, step=None, g=None):
     return fake_quantize(x, scale, grid, dtype, log_step=step, zero_point=zero, global_scale=g)[0]
-
-
-def thousand_seeds(rows=4, columns=32):
-    """A thousand random matrices, stacked, of widely different sizes, some all zero."""
-    x = torch.cat([
-        torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed % 9 - 6)
-        for seed in range(SEEDS)
-    ])  # fmt: skip
-    x[::97] = 0
-    return x
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,19 +30,6 @@ def test_law_b_over_a_thousand_seeds(granularity, symmetric, dtype):
             codes, scale, zero = rtn(x, s, storage)
             expected = dequantize(codes, scale, zero, dtype)
             assert torch.equal(bits(op(x, scale, zero, s.grid, dtype)), bits(expected)), (width, storage)
-
-
-OTHERS = {
-    **{f"{g}_{n}": Scheme(Codebook(n), g) for n in CODEBOOKS for g in (PerChannel(), PerGroup(16))},
-    "fp8_channel": Scheme(FloatGrid("e4m3"), PerChannel()),
-    "fp8_tensor": Scheme(FloatGrid("e4m3"), PerTensor(), scale_dtype="float32"),
-    "fp8_token": Scheme(FloatGrid("e4m3"), PerToken(), dynamic=True),
-    "int8_token_vllm": Scheme(IntGrid(8), PerToken(), dynamic=True, convention="vllm"),
-    "fp4_group": Scheme(FloatGrid("e2m1"), PerGroup(16)),
-    "nvfp4": Scheme(FloatGrid("e2m1"), PerGroup(16), scale_dtype="float8_e4m3fn"),
-    "mxfp4": Scheme(FloatGrid("e2m1"), PerGroup(32), scale_dtype="float8_e8m0fnu"),
-    "mxfp8": Scheme(FloatGrid("e4m3"), PerGroup(32), scale_dtype="float8_e8m0fnu"),
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
