@@ -21,6 +21,8 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     yield from schedule(config)
     yield from betas(config)
     yield from arms(config)
+    yield from data(config)
+    yield from generate(config)
     if isinstance(recipe := built.get("recipe"), Recipe):
         yield from recipe_quantizes(recipe)
         yield from weights(recipe)
@@ -67,6 +69,25 @@ def arms(config: dict[str, Any]) -> Iterator[Problem]:
         target = at(node, "_target_")
         if isinstance(target, str) and target.startswith("qat.") and not target.startswith("qat.ptq."):
             yield Problem(f"arms.{name}._target_", f"{target} is no PTQ method; those live in qat.ptq")
+
+
+def data(config: dict[str, Any]) -> Iterator[Problem]:
+    """Text comes from somewhere."""
+    node = at(config, "data")
+    if isinstance(node, dict) and "source" in node and node["source"] is None and node.get("path") is None:
+        text = "data without a source is read from a directory; `qat generate out=DIR` makes one, then data.path=DIR"
+        yield Problem("data.path", text)
+
+
+def generate(config: dict[str, Any]) -> Iterator[Problem]:
+    """Sequences draw some of their tokens, and some of them train."""
+    greedy, length = at(config, "sampling.greedy_tokens"), at(config, "length")
+    if is_number(greedy) and is_number(length) and greedy >= length - 1:
+        text = f"{greedy} of the {length - 1} tokens after the first: none would be drawn; use fewer"
+        yield Problem("sampling.greedy_tokens", text)
+    shares = [at(config, f"splits.{split}") for split in ("validation", "test")]
+    if all(map(is_number, shares)) and sum(shares) >= 1:
+        yield Problem("splits", f"validation and test take {sum(shares)} of the sequences; leave some for training")
 
 
 def recipe_quantizes(recipe: Recipe) -> Iterator[Problem]:
