@@ -20,9 +20,10 @@ from qat.formats import compressed_tensors
 from qat.formats.base import file_bytes, unquantized_state
 from qat.nn.fake_quantize import kept
 from qat.numerics.qtensor import QuantizedTensor
+from qat.surgery.changes import Changes
 from qat.surgery.convert import Folded, Tensors, apply
 from qat.surgery.prepare import prepare
-from qat.surgery.walk import Changes
+from qat.surgery.start import start_from
 from qat.training.certify import certify
 from qat.training.fit import Training, fit, precision
 from qat.training.losses import Loss
@@ -56,6 +57,21 @@ def quantize(bench: Workbench, name: str, method: Mapping[str, Any]) -> Changes:
     return call(bench.judged, bench.recipe, bench.calibration, dtype=bench.dtype, store=store, progress=_progress(name))
 
 
+def beginning(bench: Workbench) -> Changes | None:
+    """Where QAT starts, as `init` says: what a method finds, or None for the original weights.
+
+    An arm of the same settings and this share what they keep in the run directory: the second takes it from there.
+    """
+    method = (bench.config.get("init") or {}).get("method")
+    if method is None:
+        return None
+    arms: Mapping[str, Any] = bench.config.get("arms") or {}
+    name = next(
+        (arm for arm, settings in arms.items() if settings == method), f"init_{bench.config['choices']['init']}"
+    )
+    return quantize(bench, name, method)
+
+
 def qat_arm(bench: Workbench, fp: Arm, loggers: list[Any]) -> tuple[Arm, dict[str, Any], dict[str, Any]]:
     """Trains, certifies, exports and judges the reloaded file.
 
@@ -77,10 +93,14 @@ def train(
     config = bench.config
     loss: Loss = bench.build("loss")
     optim: Optim = bench.build("optim")
+    begun = beginning(bench)
     student = copy.deepcopy(bench.model).to(bench.device)
     prepare(
         student, bench.recipe, bench.build("observer"), bench.build("estimator"), bench.dtype, optim.train_embeddings
     )
+    if begun is not None:
+        start_from(student, begun)
+        del begun
     training = Training(seq_len=config["data"]["seq_len"], seed=config["seed"], **config["trainer"])
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
     teacher, schedule = bench.judged if loss.kl else None, bench.build("schedule")

@@ -108,6 +108,7 @@ def fit(
     data = TokenData(
         tokens, training.seq_len, training.batch_size, training.accumulate, training.val_windows, training.seed
     )
+    optim.select(student)
     module = QATModule(student, teacher, loss, schedule, optim, training.max_steps, training.compile)
     saver = checkpointing(directory / "checkpoints", training.checkpoint_every)
     per_step = training.batch_size * training.accumulate * training.seq_len
