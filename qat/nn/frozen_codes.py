@@ -1,8 +1,8 @@
 """Frozen codes: only the scales of a prepared model train, as in EfficientQAT's second stage (E2E-QP).
 
-arXiv:2407.11062, section 3.3: the integers are settled, W^ = (q - z) s, so dW^ / ds = q - z for every element, inside the
-grid and at its edges alike, whatever estimator found the codes. Masters stand at the centres of their cells, and follow
-when the scale moves: what quantizes, exports and certifies them needs to know nothing of this.
+arXiv:2407.11062, section 3.3: the integers are settled, W^ = (q - z) s, so dW^ / ds = q - z for every element, inside
+the grid and at its edges alike, whatever estimator found the codes. Masters stand at the centres of their cells, and
+follow when the scale moves: what quantizes, exports and certifies them needs to know nothing of this.
 """
 
 from dataclasses import dataclass

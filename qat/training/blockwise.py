@@ -9,13 +9,14 @@ so large in deep blocks that it alone would be nearly the whole of the paper's p
 it began, so that Adam's epsilon means the same in every block; scales are learned as logarithms, so `scale_lr` is
 relative; batches hold the same sequences in every epoch, in another order.
 
-For the paper's ablation of what trains, `round` keeps W within half a step of where it was: W + s V, |V| <= 0.5, straight
-through, as SignRound has it (arXiv:2309.05516). V is no parameter of its own: W is projected into that box after every
-step, which says the same, and `weights` and `round` then differ in the box alone.
+For the paper's ablation of what trains, `round` keeps W within half a step of where it was: W + s V, |V| <= 0.5,
+straight through, as SignRound has it (arXiv:2309.05516). V is no parameter of its own: W is projected into that box
+after every step, which says the same, and `weights` and `round` then differ in the box alone.
 """
 
 import copy
 import hashlib
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -71,6 +72,9 @@ class BlockTraining:
             raise ValueError(f"blockwise: train has scales, but {name} learns none; leave them out, or estimator=lsq")
         if self.epochs < 1:
             raise ValueError(f"blockwise: epochs={self.epochs}; use 1 or more")
+        for name in ("lr", "scale_lr"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"blockwise: {name}={getattr(self, name)}; a finite number, 0 or larger")
 
 
 def blockwise(
@@ -176,7 +180,8 @@ def _descend(block: Block, student: nn.Module, scale: float, how: BlockTraining)
     module, batches = student.get_submodule(block.name), len(block.inputs)
     optim = Optim(lr=how.lr, scale_lr=how.scale_lr, warmup=0.0, final=FINAL)
     optimizer, schedule = optim.build(student, how.epochs * batches)
-    boxes = {linear: linear.weight.detach().clone() for linear in fake_quants(student).values()}
+    linears = fake_quants(student).values() if "round" in how.train else ()
+    boxes = {linear: linear.weight.detach().clone() for linear in linears}
     for epoch in range(how.epochs):
         losses = []
         for index in order(how.seed, block.name, epoch, batches):
@@ -185,8 +190,7 @@ def _descend(block: Block, student: nn.Module, scale: float, how: BlockTraining)
             (loss / scale).backward()
             optimizer.step()
             schedule.step()
-            if "round" in how.train:
-                _box(boxes)
+            _box(boxes)
             losses.append(loss.detach())
         finite = torch.isfinite(torch.stack(losses))  # one look for each epoch: a GPU need not wait for the host
         if not bool(finite.all()):
@@ -229,10 +233,9 @@ def _loss(block: Block, module: nn.Module, index: int, relative: bool) -> Tensor
 
 
 def _mean_loss(block: Block, module: nn.Module, relative: bool) -> float:
-    losses = [
-        _loss(block, module, index, relative) * block.targets[index].numel() for index in range(len(block.targets))
-    ]
-    return float(torch.stack(losses).double().sum()) / sum(target.numel() for target in block.targets)
+    sizes = [target.numel() for target in block.targets]
+    losses = [_loss(block, module, index, relative) * size for index, size in enumerate(sizes)]
+    return float(torch.stack(losses).double().sum()) / sum(sizes)
 
 
 def _rules(block: Block, plan: Plan) -> dict[str, Rule]:
