@@ -66,10 +66,9 @@ class Changes:
             hit = recipe.rule_for(name)
             assert hit is not None
             assert hit[1].weight is not None
-            values = {p: parts[f"{p}/{name}"].to(device) for p in PARTS if f"{p}/{name}" in parts}
-            tensors[name] = QuantizedTensor(
-                **({"zero_point": None} | values), scheme=hit[1].weight, shape=tuple(codes.shape)
-            )
+            found = {p: parts[f"{p}/{name}"].to(device) for p in PARTS if f"{p}/{name}" in parts}
+            values: dict[str, Any] = {"zero_point": None} | found
+            tensors[name] = QuantizedTensor(**values, scheme=hit[1].weight, shape=tuple(codes.shape))
         folded = {name: value.to(device) for name, value in _section(parts, "folded").items()}
         return Changes(tensors, folded, layers, _section(parts, "state"))
 
