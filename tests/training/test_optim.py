@@ -54,7 +54,7 @@ def test_warm_up_and_cosine():
 def test_with_scales_alone_nothing_else_has_a_gradient_or_a_group():
     student = tiny()
     prepare(student, recipe(), MinMax(), StraightThrough())
-    optim = Optim(train="scales", scale_lr=0.1)
+    optim = Optim(train="scales", scale_lr=1.0)
     optim.select(student)
     optimizer, _ = optim.build(student, 100)
     assert [g["name"] for g in optimizer.param_groups] == ["scales"]
