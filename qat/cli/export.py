@@ -25,6 +25,8 @@ def main(config: dict[str, Any]) -> int:
         raise ValueError(f"arm={arm}: the run has {', '.join(['qat', *methods])}")
     if arm == "qat" and not list(path.glob("checkpoints/step=*.ckpt")):
         raise ValueError(f"arm=qat: {path} has no training checkpoint; its arms are {', '.join(methods) or 'none'}")
+    if config["format"]["name"] == "none":
+        raise ValueError("format=none: there is nothing to write; name a format")
     bench = open_workbench(settings, RunDir.existing(path))
     captured: Any
     if arm == "qat":

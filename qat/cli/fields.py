@@ -88,10 +88,17 @@ def device(value: Any) -> str | None:
 
 
 def export_format(value: Any) -> str | None:
-    """A module of `qat/formats`."""
+    """A module of `qat/formats`, or `none`."""
     home = source.module_file("qat.formats")
     assert home is not None
-    return one_of(*sorted({path.stem for path in home.parent.glob("*.py")} - {"__init__", "base"}))(value)
+    return one_of(*sorted({path.stem for path in home.parent.glob("*.py")} - {"__init__", "base"}), "none")(value)
+
+
+def widths(value: Any) -> str | None:
+    """A list of two numbers of bits or more, none twice."""
+    if isinstance(value, list) and len(value) >= 2 and all(whole(2, 8)(b) is None for b in value):
+        return None if len(set(value)) == len(value) else f"expected each width once, found {describe(value)}"
+    return f"expected a list of integers from 2 to 8, at least two; found {describe(value)}"
 
 
 POSITIVE = number("a number above 0", lambda x: x > 0)
@@ -106,6 +113,11 @@ FIELDS: dict[str, Check] = {
     "path": text(null=True),
     "arm": text(null=True),
     "split": one_of("test", "validation"),
+    "budget": POSITIVE,
+    "bits": widths,
+    "unit": one_of("linear", "stage", "block", "kind"),
+    "metric": one_of("kl", "nll"),
+    "measured": text(null=True),
     "device": device,
     "threads": whole(null=True),
     "prompts": texts,

@@ -39,7 +39,7 @@ def main(config: dict[str, Any]) -> int:
     finally:
         tracking.close(wandb_run, summary)
     bench.run.finish()
-    return 0 if summary["export"]["verified"] else 1
+    return 1 if summary["export"]["verified"] is False else 0
 
 
 def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], trains: bool, wandb_run: Any) -> None:
@@ -55,7 +55,7 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
         arms[name], changes = ptq_arm(bench, name, method, arms["fp"])
         bench.run.write("summary.json", summary)
         if not trains:
-            graph = bench.moved(apply(bench.model, changes.tensors, changes.folded))
+            graph = bench.moved(apply(bench.model, changes.tensors, changes.folded, recipe=bench.recipe))
             captured = "not applicable: a post-training method has no training graph"
             sequences = references(bench, graph)
             summary["export"] = export(bench, name, changes.tensors, changes.folded, sequences, captured)
@@ -101,10 +101,12 @@ def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
     summary["warnings"] = warnings(summary)
     for line in summary["warnings"]:
         say(f"WARNING: {line}")
-    say("\nThe packed model continues:")
-    summary["continuations"] = continuations(summary["export"]["path"], bench.config)
-    for prompt, text in summary["continuations"].items():
-        say(f"  {prompt!r} -> {text!r}")
+    exported = summary["export"]["path"] is not None
+    if exported:
+        say("\nThe packed model continues:")
+        summary["continuations"] = continuations(summary["export"]["path"], bench.config)
+        for prompt, text in summary["continuations"].items():
+            say(f"  {prompt!r} -> {text!r}")
     spent = meter.read()
     summary["cost"] = summary.get("cost", {}) | {f"run_{key}": value for key, value in spent.items()}
     bench.run.write("summary.json", summary)
@@ -112,7 +114,8 @@ def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
     for line in [f"plot: {file}" for file in files] or ["no plots: they need matplotlib (pip install 'qat[report]')"]:
         say(line)
     say(f"\n{spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU s. Next:")
-    for command in ("qat chat run=latest", "qat serve run=latest", "qat compare runs/latest", "qat verify run=latest"):
+    served = ("qat chat run=latest", "qat serve run=latest", "qat verify run=latest")
+    for command in (*(served if exported else ()), "qat compare runs/latest"):
         say(f"  {command}")
 
 

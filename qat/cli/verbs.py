@@ -53,6 +53,14 @@ VERBS = {
             "ptq",
         ),
         Verb(
+            "sensitivity",
+            "what each layer loses at each width, and a recipe of mixed widths",
+            "Quantizes one layer at a time at each width, measures what the model loses, and writes a recipe that\n"
+            "spends a budget of bits where they matter most. An interrupted run goes on where it stopped.",
+            ("qat sensitivity budget=3.25", "qat sensitivity unit=kind 'bits=[2,3,4]' recipe=w4a16_g128"),
+            "sensitivity",
+        ),
+        Verb(
             "eval",
             "perplexity, KL and top-1 agreement of a checkpoint",
             "Evaluates a checkpoint directory, or a run's export, on held-out windows.",

@@ -43,7 +43,7 @@ class Workbench:
         tokens: Prepared data.
         recipe: Module name to scheme.
         plan: The recipe on this model.
-        windows: Test windows, int64 `[n, seq_len]`.
+        windows: What arms are judged on: windows of the test split, as a rule; int64 `[n, seq_len]`.
         calibration: Calibration batches, of the train split.
     """
 
@@ -115,12 +115,13 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workbench:
+def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str = "test") -> Workbench:
     """Loads everything, and opens the run directory once nothing can be wrong any more.
 
     Args:
         config: A composed config.
         run: The run directory, where it is known already and stays as it is; None: found or made as `resume` says.
+        split: Where the windows are from that arms are judged on.
 
     Raises:
         ValueError: Model, data, recipe and sizes do not fit each other; names the setting to change.
@@ -137,7 +138,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
     model, tokenizer = hf.load(named["name"], named["path"], named["revision"], dtype)
     plan = match(model, recipe)
     for row in plan.rows:
-        if row.weight is not None:
+        if row.weight is not None and config["format"]["name"] != "none":
             compressed_tensors.check_scheme(row.name, row.weight, row.input)
     test, calib = config["evaluation"], config["calibration"]
     limit = model.config.max_position_embeddings
@@ -150,8 +151,9 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
         hf.cache_dir() / "tokens",
         config["data"]["path"],
     )
-    check_servable(model, tokenizer, config)
-    windows = tokens.windows("test", test["seq_len"], test["windows"])
+    if config["format"]["name"] != "none":
+        check_servable(model, tokenizer, config)
+    windows = tokens.windows(split, test["seq_len"], test["windows"])
     batches = calibration(tokens, calib["samples"], calib["seq_len"], calib["batch_size"], calib["seed"])
     known = run is not None
     run = run or RunDir.open(config)

@@ -32,10 +32,10 @@ from qat.formats.base import (
 from qat.numerics.affine import scale_dtype
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from qat.numerics.grid import IntGrid
-from qat.numerics.packing import num_words, pack, unpack
-from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.packing import num_words, offset, pack, unpack
+from qat.numerics.qtensor import QuantizedTensor, as_integers
 from qat.numerics.recipe import Recipe, Rule
-from qat.numerics.scheme import Scheme
+from qat.numerics.scheme import E4M3, E8M0, Scheme, integers
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 LAYOUT_VERSION = "0.20.0"  # the dense bitstream; releases before 0.18 left gaps at 3, 5, 6 and 7 bits
@@ -45,7 +45,11 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 def check_scheme(name: str, weight: Scheme, input: Scheme | None = None) -> None:
     """Raises ValueError, naming the module, if the format cannot carry a scheme."""
     if input is not None:
-        raise ValueError(f"{name}: {FORMAT} carries weights only; its input scheme {input} cannot be exported")
+        raise ValueError(
+            f"{name}: {FORMAT} carries weights only; its input scheme {input} cannot be exported. Use format=none"
+        )
+    if not isinstance(integers(weight).grid, IntGrid) or integers(weight).scale_dtype in (E4M3, E8M0):
+        raise ValueError(f"{name}: {FORMAT} carries integers only; {weight} cannot be exported. Use format=none")
     if weight.dynamic:
         raise ValueError(f"{name}: a dynamic scale is never stored; set dynamic=false on the weight's scheme")
     if isinstance(weight.granularity, PerTensor) and not weight.symmetric:
@@ -86,6 +90,15 @@ def save(
     write_directory(Path(path), model, tokenizer, state(model, tensors, folded, dtype), config, dtype)
 
 
+def expressed(recipe: Recipe, tensors: Mapping[str, QuantizedTensor]) -> tuple[Recipe, dict[str, QuantizedTensor]]:
+    """Recipe and tensors as the format says them: codebooks of integers on the integer grid that holds their levels."""
+    rules = {
+        key: replace(rule, weight=None if rule.weight is None else integers(rule.weight))
+        for key, rule in recipe.rules.items()
+    }
+    return replace(recipe, rules=rules), {name: as_integers(tensor) for name, tensor in tensors.items()}
+
+
 def state(
     model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], folded: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
@@ -100,12 +113,12 @@ def pack_tensor(tensor: QuantizedTensor) -> dict[str, Tensor]:
     """A quantized weight as the format's tensors."""
     bits = tensor.scheme.grid.bits
     parts = {
-        "weight_packed": pack(tensor.codes.cpu().to(torch.int16) - tensor.scheme.grid.qmin, bits),
+        "weight_packed": pack(tensor.codes.cpu().to(torch.int16) + offset(bits), bits),
         "weight_scale": tensor.scale.cpu().contiguous(),
         "weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
     }
     if tensor.zero_point is not None:
-        unsigned = tensor.zero_point.cpu().to(torch.int16) - tensor.scheme.grid.qmin
+        unsigned = tensor.zero_point.cpu().to(torch.int16) + offset(bits)
         parts["weight_zero_point"] = pack(unsigned.T, bits).T.contiguous()
     return parts
 
@@ -136,8 +149,8 @@ def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme) -> Qua
         if words.dtype != torch.int32 or tuple(words.shape) != (num_words(rows, bits), shape[1]):
             raise ValueError(f"{name}.weight_zero_point: {words.dtype} {tuple(words.shape)}")
         unsigned = unpack(words.T.contiguous(), bits, rows).T
-        zero_point = (unsigned.to(torch.int16) + scheme.grid.qmin).to(torch.int8).contiguous()
-    codes = (unpack(packed, bits, columns).to(torch.int16) + scheme.grid.qmin).to(torch.int8)
+        zero_point = (unsigned.to(torch.int16) - offset(bits)).to(torch.int8).contiguous()
+    codes = (unpack(packed, bits, columns).to(torch.int16) - offset(bits)).to(torch.int8)
     return QuantizedTensor(codes, scale, zero_point, scheme, (rows, columns))
 
 

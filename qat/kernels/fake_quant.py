@@ -1,8 +1,11 @@
-"""Fake-quantization: x -> round_D((q(x) - z) * s), the forward of QAT, as one opaque operator.
+"""Fake-quantization: x -> round_D(level(x / s) * s), the forward of QAT, as one opaque operator.
 
-Shapes: x `[...]`; scale, log_step and zero_point of a scale shape that groups x (`numerics/granularity.py`); result of
-x's shape in `dtype`. The served scale is `s = round(scale * exp(log_step))` in `scale_dtype`: `log_step` is the learned
-part, 0 at the start, so that training begins exactly on the observed scale.
+Shapes: x `[...]`; scale, log_step, zero_point and zero_step of a scale shape that groups x (`numerics/granularity.py`);
+global_scale `[1]`; result of x's shape in `dtype`. What is served follows from an observed part and a learned one,
+which is 0 at the start, so that training begins exactly on what was observed:
+
+    s = round(scale * exp(log_step))  in the scale's dtype, over the global scale where there is one
+    z = clamp(rint(zero_point + zero_step), qmin, qmax)
 
 The operator is opaque on purpose: inductor may replace a division by a product with a reciprocal and contract products
 and sums, either of which moves codes. `torch.compile` sees one call, and codes cannot move.
@@ -10,53 +13,90 @@ and sums, either of which moves codes. `torch.compile` sees one call, and codes 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from qat.numerics.affine import group, round_scale
+from qat.numerics.affine import group, round_scale, served
+from qat.numerics.grid import Codebook, FloatGrid, Grid, IntGrid
+from qat.numerics.levels import snap
 
 _watcher: Callable[[Tensor, Tensor], None] | None = None
 
 
-def served_scale(scale: Tensor, log_step: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The scale that is stored and served, in `dtype`: `round_dtype(scale * exp(log_step))`, never 0."""
-    return round_scale(scale.float() if log_step is None else scale.float() * log_step.float().exp(), dtype)
+def served_scale(scale: Tensor, log_step: Tensor | None) -> Tensor:
+    """The scale that is stored, in its dtype: `round(scale * exp(log_step))`, never 0."""
+    return round_scale(scale.float() if log_step is None else scale.float() * log_step.float().exp(), scale.dtype)
+
+
+def served_zero(zero_point: Tensor, zero_step: Tensor | None, grid: IntGrid) -> Tensor:
+    """The zero point that is stored, int8: `clamp(rint(zero_point + zero_step), qmin, qmax)`."""
+    if zero_step is None:
+        return zero_point
+    return torch.round(zero_point.float() + zero_step).clamp_(grid.qmin, grid.qmax).to(torch.int8)
+
+
+@lru_cache(maxsize=64)
+def grid_of(name: str) -> Grid:
+    """The grid of which `name` is the `str`: an operator's arguments are plain values."""
+    if name.startswith("int"):
+        return IntGrid(int(name[3:]))
+    return FloatGrid(name) if name in ("e4m3", "e2m1") else Codebook(name)
 
 
 @torch.library.custom_op("qat::fake_quantize", mutates_args=())
-def fake_quantize(
+def _fake_quantize(
     x: Tensor,
     scale: Tensor,
     log_step: Tensor | None,
     zero_point: Tensor | None,
-    qmin: int,
-    qmax: int,
-    scale_dtype: torch.dtype,
+    zero_step: Tensor | None,
+    global_scale: Tensor | None,
+    grid: str,
+    strength: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Equal, bit for bit, to `dequantize(quantize(x))` of `numerics/affine.py` with the served scale.
+    levels = grid_of(grid)
+    s = served(served_scale(scale, log_step), global_scale)
+    z = None
+    if zero_point is not None:
+        assert isinstance(levels, IntGrid)
+        z = served_zero(zero_point, zero_step, levels).float().unsqueeze(-1)
+    values = snap(group(x.float(), scale) / s.unsqueeze(-1), levels, z).mul_(s.unsqueeze(-1))
+    if strength < 1.0:
+        values = torch.lerp(group(x.float(), scale), values, strength)
+    result = values.to(dtype).reshape(x.shape)
+    if _watcher is not None:
+        _watcher(x, result)
+    return result, s
+
+
+@_fake_quantize.register_fake
+def _(x, scale, log_step, zero_point, zero_step, global_scale, grid, strength, dtype):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, dtype=dtype), torch.empty_like(scale, dtype=torch.float32)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    *,
+    log_step: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    zero_step: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    strength: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Equal, bit for bit, to `dequantize(quantize(x))` of `numerics/affine.py` with what is served.
+
+    With a `strength` below 1 the result is only that far on its way from x: `x + strength (Q(x) - x)`.
 
     Returns:
         The result, and the served scale in fp32, which the gradient needs.
     """
-    served = served_scale(scale, log_step, scale_dtype).float()
-    s = served.unsqueeze(-1)
-    steps = (group(x.float(), scale) / s).round_()
-    if zero_point is None:
-        steps.clamp_(qmin, qmax).add_(0.0)  # -0 becomes +0, as an integer code has it
-    else:
-        z = zero_point.float().unsqueeze(-1)
-        steps.add_(z).clamp_(qmin, qmax).sub_(z)
-    result = steps.mul_(s).to(dtype).reshape(x.shape)
-    if _watcher is not None:
-        _watcher(x, result)
-    return result, served
-
-
-@fake_quantize.register_fake
-def _(x, scale, log_step, zero_point, qmin, qmax, scale_dtype, dtype):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x, dtype=dtype), torch.empty_like(scale, dtype=torch.float32)
+    return _fake_quantize(x, scale, log_step, zero_point, zero_step, global_scale, str(grid), strength, dtype)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat.numerics.affine import dequantize
 from qat.numerics.granularity import PerTensor
-from qat.numerics.packing import pack, unpack
+from qat.numerics.packing import offset, pack, unpack
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.scheme import Scheme
 
@@ -79,7 +79,7 @@ class PackedWeight:
     def codes(self, start: int, stop: int) -> Tensor:
         """Signed codes of output rows `[start, stop)`: int8 `[stop - start, I]`."""
         unsigned = unpack(self.words[start:stop], self.scheme.grid.bits, self.shape[1])
-        return unsigned.sub_(-self.scheme.grid.qmin).view(torch.int8)  # modulo 256, which is two's complement
+        return unsigned.sub_(offset(self.scheme.grid.bits)).view(torch.int8)  # modulo 256, which is two's complement
 
     def to(self, device: torch.device | str) -> "PackedWeight":
         """The same weight on another device."""
@@ -95,7 +95,7 @@ def pack_weight(tensor: QuantizedTensor) -> PackedWeight:
     """
     if len(tensor.shape) != 2 or tensor.g_idx is not None or tensor.global_scale is not None:
         raise ValueError(f"shape {tensor.shape}: only matrices without g_idx and global_scale are served packed")
-    words = pack(tensor.codes.to(torch.int16) - tensor.scheme.grid.qmin, tensor.scheme.grid.bits)
+    words = pack(tensor.codes.to(torch.int16) + offset(tensor.scheme.grid.bits), tensor.scheme.grid.bits)
     return PackedWeight(words, tensor.scale, tensor.zero_point, tensor.scheme, tensor.shape)
 
 

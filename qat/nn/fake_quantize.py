@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels.fake_quant import fake_quantize, served_scale
-from qat.nn.estimators import Estimator
-from qat.nn.observers.base import Observer
-from qat.numerics.affine import group, quantize, scale_dtype
+from qat.kernels.fake_quant import fake_quantize, served_scale, served_zero
+from qat.nn.estimators import Estimator, Rounded
+from qat.nn.observers.base import Observer, across_ranks
+from qat.numerics.affine import divisor, group, qparams, quantize, scale_dtype
+from qat.numerics.grid import IntGrid
+from qat.numerics.levels import snap
 from qat.numerics.scheme import Scheme
 
 
@@ -27,20 +29,27 @@ class Phase(Enum):
 class FakeQuantize(nn.Module):
     """Rounds a tensor to its scheme's grid and dequantizes it, straight through for the gradient.
 
-    Scales are kept as an observed part (`scale`, in its stored dtype) times `exp(log_step)`; `log_step` is the fp32
-    parameter that LEARN trains. It starts at 0, so that the first step sees exactly the observed scale.
+    Scales are kept as an observed part (`scale`, in its stored dtype) times `exp(log_step)`, zero points as an observed
+    part plus `zero_step`. The steps are fp32 parameters, which LEARN trains if the estimator learns them; they start
+    at 0, so that the first step sees exactly what was observed.
 
     Args:
         scheme: How the tensor is quantized.
-        shape: Its shape; for dynamic schemes, which keep no scales, None.
+        shape: Its shape, as far as the scheme's scales depend on it; for dynamic schemes, which keep none, None.
         observer: Finds ranges.
         estimator: The gradient of rounding.
         storage: Storage dtype of the export.
         name: Of the module that owns it, for messages.
+        running: Whether tensors differ from call to call (activations): ranges are then gathered over all of them, in
+            training mode only, never in a checkpoint's recomputation, and reduced over ranks.
     """
 
     scale: Tensor
     zero_point: Tensor | None
+    global_scale: Tensor | None
+    low: Tensor
+    high: Tensor
+    seen: Tensor
 
     def __init__(
         self,
@@ -51,63 +60,121 @@ class FakeQuantize(nn.Module):
         storage: torch.dtype,
         name: str,
         device: torch.device | None = None,
+        running: bool = False,
     ):
         super().__init__()
         assert (shape is None) == scheme.dynamic, "static schemes keep scales of a known shape, dynamic ones none"
         self.scheme, self.observer, self.estimator, self.storage = scheme, observer, estimator, storage
-        self.name, self.phase = name, Phase.OBSERVE
+        self.name, self.phase, self.running, self.strength = name, Phase.OBSERVE, running, 1.0
         self._kept: dict[torch.dtype, Tensor] | None = None
+        self.register_buffer("global_scale", torch.ones(1, device=device) if scheme.two_level else None)
+        self.zero_step: nn.Parameter | None = None
+        size = (1,) if shape is None else scheme.granularity.scale_shape(shape)
         if shape is not None:
-            size = scheme.granularity.scale_shape(shape)
-            stored = scale_dtype(scheme, storage)
-            self.register_buffer("scale", torch.ones(size, dtype=stored, device=device))
+            self.register_buffer("scale", torch.ones(size, dtype=scale_dtype(scheme, storage), device=device))
             zero = None if scheme.symmetric else torch.zeros(size, dtype=torch.int8, device=device)
             self.register_buffer("zero_point", zero)
-            step = torch.zeros(size, dtype=torch.float32, device=device)
-            self.log_step = nn.Parameter(step, requires_grad=estimator.learns_scale)
+            self.log_step = nn.Parameter(torch.zeros(size, device=device), requires_grad=estimator.learns_scale)
+            if estimator.learns_zero and not scheme.symmetric:
+                self.zero_step = nn.Parameter(torch.zeros(size, device=device))
+        if running and (shape is not None or scheme.two_level):
+            self.register_buffer("low", torch.zeros(size, device=device))
+            self.register_buffer("high", torch.zeros(size, device=device))
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # on the CPU: asked for without a wait
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Takes the scales from `x`; what was learned before is forgotten.
+    def observe(self, x: Tensor, together: tuple[Tensor, ...] = ()) -> None:
+        """Takes scales and zero points from `x`; what was learned before is forgotten.
+
+        Args:
+            x: The tensor.
+            together: Tensors that share x's global scale, x among them; empty: x alone.
 
         Raises:
             ValueError: `x` is not finite, or its scales do not fit their dtype; names the module.
         """
         try:
-            scale, zero_point = self.observer.qparams(x, self.scheme, self.storage)
+            if self.running:
+                self._observe_range(x)
+                return
+            g = divisor(together or (x,), self.scheme)
+            self.take(*self.observer.qparams(x, self.scheme, self.storage, g), g)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
+
+    def _observe_range(self, x: Tensor) -> None:
+        whole = x.detach().float().aminmax()
+        if self.scheme.dynamic:
+            new = (whole.min.reshape(1), whole.max.reshape(1))
+        else:
+            new = self.observer.observe(x, self.scheme, self.storage)
+        new = across_ranks(*new, self.observer.averages)
+        seen = int(self.seen)
+        low, high = self.observer.merge((self.low, self.high), new, seen) if seen else new
+        self.low.copy_(low)
+        self.high.copy_(high)
+        self.seen += 1
+        if self.scheme.dynamic:
+            g = divisor((low, high), self.scheme)
+            assert self.global_scale is not None
+            assert g is not None
+            self.global_scale.copy_(g)
+        else:
+            self.take(*qparams(low, high, self.scheme, self.storage), None)
+
+    @torch.no_grad()
+    def take(self, scale: Tensor, zero_point: Tensor | None, g: Tensor | None) -> None:
+        """Serves these from here on, as if they had been observed; what was learned before is forgotten."""
         self.scale.copy_(scale)
+        self.log_step.zero_()
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
-        self.log_step.zero_()
+        if self.zero_step is not None:
+            self.zero_step.zero_()
+        if self.global_scale is not None and g is not None:
+            self.global_scale.copy_(g)
 
     def qparams(self) -> tuple[Tensor, Tensor | None]:
-        """The served scale, in its stored dtype, and the zero point."""
-        return served_scale(self.scale, self.log_step.detach(), self.scale.dtype), self.zero_point
+        """The served scale, in its stored dtype, and the served zero point."""
+        zero = self.zero_point
+        if zero is not None:
+            assert isinstance(self.scheme.grid, IntGrid)
+            zero = served_zero(zero, None if self.zero_step is None else self.zero_step.detach(), self.scheme.grid)
+        return served_scale(self.scale, self.log_step.detach()), zero
 
     def codes(self, x: Tensor) -> Tensor:
-        """Codes (int8) that serving will have for `x`."""
-        return quantize(x.detach(), *self.qparams(), self.scheme.grid)
+        """Codes that serving will have for `x`."""
+        return quantize(x.detach(), *self.qparams(), self.scheme.grid, self.global_scale)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x` on its grid, in the compute dtype."""
         if self.phase is Phase.OFF:
             return x.to(dtype)
-        if self._kept is not None and not self.scheme.dynamic:
+        if self._kept is not None and not self.running:
             if dtype not in self._kept:
                 self._kept[dtype] = self._quantize(x, dtype)
             return self._kept[dtype]
         return self._quantize(x, dtype)
 
     def _quantize(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.scheme.dynamic:
-            scale, zero_point = self.observer.qparams(x, self.scheme, torch.float32)
-            return _FakeQuantize.apply(x, None, scale, zero_point, self.scheme, self.estimator, dtype)
-        if self.phase is Phase.OBSERVE:
+        if self.phase is Phase.OBSERVE and self._watches():
             self.observe(x)
-        step = self.log_step if self.phase is Phase.LEARN and self.estimator.learns_scale else self.log_step.detach()
-        return _FakeQuantize.apply(x, step, self.scale, self.zero_point, self.scheme, self.estimator, dtype)
+        more: dict[str, Any] = {"global_scale": self.global_scale, "strength": self.strength}
+        if self.scheme.dynamic:
+            scale, zero_point = self.observer.qparams(x, self.scheme, torch.float32, self.global_scale, check=False)
+            return _FakeQuantize.apply(x, None, None, scale, zero_point, self.scheme, self.estimator, dtype, more)
+        learns = self.phase is Phase.LEARN
+        step = self.log_step if learns and self.estimator.learns_scale else self.log_step.detach()
+        shift = self.zero_step if learns or self.zero_step is None else self.zero_step.detach()
+        return _FakeQuantize.apply(
+            x, step, shift, self.scale, self.zero_point, self.scheme, self.estimator, dtype, more
+        )
+
+    def _watches(self) -> bool:
+        if not self.running:
+            return not self.scheme.dynamic
+        recomputed = torch._C._current_graph_task_id() != -1  # inside a backward pass: activation checkpointing
+        return hasattr(self, "seen") and self.training and not recomputed
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
@@ -129,35 +196,51 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The opaque forward, and the estimator's backward. Saves only x and the served scales: v is recomputed."""
+    """The opaque forward, and the estimator's backward. Saves only x and what is served: levels are recomputed."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         log_step: Tensor | None,
+        zero_step: Tensor | None,
         scale: Tensor,
         zero_point: Tensor | None,
         scheme: Scheme,
         estimator: Estimator,
         dtype: torch.dtype,
+        more: dict[str, Any],
     ) -> Tensor:
-        grid = scheme.grid
-        result, served = fake_quantize(x, scale, log_step, zero_point, grid.qmin, grid.qmax, scale.dtype, dtype)
-        ctx.save_for_backward(x, served, zero_point)
-        ctx.scheme, ctx.estimator, ctx.learns = scheme, estimator, log_step is not None
+        result, s = fake_quantize(
+            x, scale, scheme.grid, dtype, log_step=log_step, zero_point=zero_point, zero_step=zero_step, **more
+        )
+        if zero_point is not None:
+            assert isinstance(scheme.grid, IntGrid)
+            zero_point = served_zero(zero_point, zero_step, scheme.grid)
+        ctx.save_for_backward(x, s, zero_point)
+        ctx.scheme, ctx.estimator, ctx.strength = scheme, estimator, more["strength"]
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, served, zero_point = ctx.saved_tensors
-        grid, s = ctx.scheme.grid, served.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
-        v, z = group(x.to(s.dtype), served) / s, None
+        x, s, zero_point = ctx.saved_tensors
+        grid = ctx.scheme.grid
+        s = s.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
+        grad = group(grads[0].to(s.dtype), s.squeeze(-1))
+        u, low, high, z = group(x.to(s.dtype), s.squeeze(-1)) / s, grid.low, grid.high, None
         if zero_point is not None:
             z = zero_point.to(s.dtype).unsqueeze(-1)
-            v.add_(z)
-        dx, ds = ctx.estimator.gradients(group(grads[0].to(s.dtype), served), v, grid.qmin, grid.qmax, z)
-        dlog = None
-        if ds is not None and ctx.learns and ctx.needs_input_grad[1]:
-            dlog = (ds.sum(-1) * s.squeeze(-1)).to(torch.float32)  # d/dlog s = s d/ds
-        return dx.reshape(x.shape).to(x.dtype), dlog, None, None, None, None, None
+            low, high = low - z, high - z
+        elements = u.shape[-1] if x.dim() == 2 else x.shape[-1]
+        rounded = Rounded(
+            u, snap(u, grid, z), low, high, grid.outer, isinstance(grid, IntGrid), grid.high, grid.reach, elements
+        )
+        dx, ds, dz = ctx.estimator.gradients(grad, rounded)
+        if ctx.strength < 1.0:
+            dx = torch.lerp(grad, dx, ctx.strength)
+        dlog = dzero = None
+        if ds is not None and ctx.needs_input_grad[1]:
+            dlog = (ds.sum(-1) * s.squeeze(-1) * ctx.strength).to(torch.float32)  # d/dlog s = s d/ds
+        if dz is not None and ctx.needs_input_grad[2]:
+            dzero = (dz.sum(-1) * s.squeeze(-1) * ctx.strength).to(torch.float32)
+        return dx.reshape(x.shape).to(x.dtype), dlog, dzero, None, None, None, None, None, None

@@ -11,34 +11,38 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from qat.nn.fake_quantize import Phase
+from qat.nn.estimators import Gradients, Rounded
+from qat.nn.fake_quantize import FakeQuantize, Phase
 from qat.nn.linear import QATLinear
 from qat.numerics.affine import dequantize
+from qat.numerics.scheme import E8M0
 
 
 @dataclass(frozen=True)
 class FrozenCodes:
-    """dx = 0, ds = G (q - z): the exact derivative of the result, since the codes do not depend on s."""
+    """dx = 0, ds = G Q(u), q - z on integer grids: the exact derivative, since the codes do not depend on s."""
 
     learns_scale: ClassVar[bool] = True
+    learns_zero: ClassVar[bool] = False
 
-    def gradients(
-        self, grad: Tensor, v: Tensor, qmin: int, qmax: int, zero_point: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def gradients(self, grad: Tensor, rounded: Rounded) -> Gradients:
         """Gradients for x and s."""
-        level = torch.round(v).clamp_(qmin, qmax)
-        if zero_point is not None:
-            level.sub_(zero_point)
-        return torch.zeros_like(grad), level.mul_(grad)
+        return torch.zeros_like(grad), rounded.level * grad, None
 
 
 @torch.no_grad()
 def freeze_codes(model: nn.Module) -> None:
-    """Settles the codes of a prepared model, in place: from here on, nothing but the scales of weights trains."""
+    """Settles the codes of a prepared model, in place: from here on, nothing but the scales of weights trains.
+
+    Raises:
+        ValueError: A scale is a power of two, and cannot be learned; names the module.
+    """
     model.requires_grad_(False)
     for linear in _linears(model):
         quant = linear.weight_fake_quant
-        linear.weight.copy_(dequantize(quant.codes(linear.weight), *quant.qparams(), torch.float32))
+        if quant.scheme.scale_dtype == E8M0:
+            raise ValueError(f"{quant.name}: scales of {quant.scheme} are powers of two; use optim.train=all")
+        linear.weight.copy_(_values(quant, quant.codes(linear.weight)))
         quant.estimator, quant.phase = FrozenCodes(), Phase.LEARN
         quant.log_step.requires_grad_(True)
 
@@ -54,7 +58,11 @@ class Follow:
     def __call__(self, *_: object) -> None:
         """Takes the arguments of a hook of an optimizer."""
         for linear, codes in self._codes:
-            linear.weight.copy_(dequantize(codes, *linear.weight_fake_quant.qparams(), torch.float32))
+            linear.weight.copy_(_values(linear.weight_fake_quant, codes))
+
+
+def _values(quant: FakeQuantize, codes: Tensor) -> Tensor:
+    return dequantize(codes, *quant.qparams(), torch.float32, quant.scheme.grid, quant.global_scale)
 
 
 def _linears(model: nn.Module) -> list[QATLinear]:

@@ -34,6 +34,11 @@ def num_words(columns: int, bits: int) -> int:
     return -(-columns * bits // 32)
 
 
+def offset(bits: int) -> int:
+    """What is added to signed codes so that they pack unsigned: `2**(bits-1)`."""
+    return 1 << (bits - 1)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Packs unsigned codes along the last axis.
 

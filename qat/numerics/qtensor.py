@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qat.numerics.affine import dequantize
-from qat.numerics.scheme import Scheme
+from qat.numerics.affine import dequantize, served
+from qat.numerics.levels import code_dtype, decode
+from qat.numerics.scheme import Scheme, integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,12 +15,12 @@ class QuantizedTensor:
     """A weight as integers, and what turns them back into values.
 
     Attributes:
-        codes: Signed codes, int8, `[O, I]`.
+        codes: `[O, I]`; signed integers (int8), or indices and bit patterns (uint8).
         scale: Scales in the dtype in which they are stored, of the scheme's scale shape.
         zero_point: int8, of the scale's shape; None on symmetric schemes.
         scheme: How the tensor is quantized.
         shape: `(O, I)`.
-        global_scale: A second, per-tensor scale, for grids that have one.
+        global_scale: fp32 `[1]`, the divisor of a two-level scheme's scales; else None.
         g_idx: Group of each in-feature, where it is not `i // group_size`.
 
     Raises:
@@ -36,8 +37,13 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         expected = self.scheme.granularity.scale_shape(self.shape)
-        if self.codes.dtype != torch.int8 or tuple(self.codes.shape) != tuple(self.shape):
-            raise ValueError(f"codes {self.codes.dtype} {tuple(self.codes.shape)}: expected int8 {tuple(self.shape)}")
+        kind = code_dtype(self.scheme.grid)
+        if self.codes.dtype != kind or tuple(self.codes.shape) != tuple(self.shape):
+            raise ValueError(
+                f"codes {self.codes.dtype} {tuple(self.codes.shape)}: expected {str(kind)[6:]} {tuple(self.shape)}"
+            )
+        if (self.global_scale is not None) != self.scheme.two_level:
+            raise ValueError(f"scheme {self.scheme}: a global scale goes with two-level schemes, and with no others")
         if tuple(self.scale.shape) != expected:
             raise ValueError(f"scale of shape {tuple(self.scale.shape)}: expected {expected}")
         if (self.zero_point is None) != self.scheme.symmetric:
@@ -47,7 +53,12 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`, `[O, I]`: `round_D(fp32((q - z) * s))`."""
-        return dequantize(self.codes, self.scale, self.zero_point, dtype)
+        return dequantize(self.codes, self.scale, self.zero_point, dtype, self.scheme.grid, self.global_scale)
+
+    @property
+    def served(self) -> Tensor:
+        """The scale that multiplies levels, fp32, of the scale's shape."""
+        return served(self.scale, self.global_scale)
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
@@ -58,4 +69,13 @@ class QuantizedTensor:
     def bits(self) -> int:
         """Bits of codes, scales and zero points together, as a dense format stores them."""
         zeros = 0 if self.zero_point is None else self.zero_point.numel() * self.scheme.grid.bits
+        zeros += 0 if self.global_scale is None else 32
         return self.codes.numel() * self.scheme.grid.bits + self.scale.numel() * self.scale.element_size() * 8 + zeros
+
+
+def as_integers(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same values with integer codes, where the levels of the codebook are integers; scales do not change."""
+    scheme = integers(tensor.scheme)
+    if scheme == tensor.scheme:
+        return tensor
+    return replace(tensor, codes=decode(tensor.codes, tensor.scheme.grid).to(torch.int8), scheme=scheme)

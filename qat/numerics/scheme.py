@@ -1,12 +1,13 @@
 """Scheme: how ONE tensor is quantized. Torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
-from qat.numerics.grid import IntGrid
+from qat.numerics.grid import Codebook, FloatGrid, Grid, IntGrid
 
-SCALE_DTYPES = ("float32", "bfloat16", "float16")
-CONVENTIONS = ("ct",)
+E4M3, E8M0 = "float8_e4m3fn", "float8_e8m0fnu"
+SCALE_DTYPES = ("float32", "bfloat16", "float16", E4M3, E8M0)
+CONVENTIONS = ("ct", "vllm")
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,15 @@ class Scheme:
         symmetric: Zero is code 0 and no zero point is stored; else an integer zero point goes with every scale.
         dynamic: The scale is computed from each tensor as it comes (activations) and never stored.
         scale_dtype: Name of the dtype that the scale is stored in; None means the storage dtype of the export.
-        convention: How a symmetric scale follows from absmax; `ct`, as compressed-tensors has it:
-            `absmax / ((2**bits - 1) / 2)`.
+            `float8_e4m3fn` brings a second, per-tensor fp32 scale (NVFP4); `float8_e8m0fnu` has powers of two (MX).
+        convention: How a symmetric integer scale follows from absmax; `ct`, as compressed-tensors has it:
+            `absmax / ((2**bits - 1) / 2)`; `vllm`, as its dynamic activations have it: `absmax / (2**(bits-1) - 1)`.
 
     Raises:
         ValueError: A combination that means nothing.
     """
 
-    grid: IntGrid
+    grid: Grid
     granularity: Granularity
     symmetric: bool = True
     dynamic: bool = False
@@ -34,20 +36,45 @@ class Scheme:
     convention: str = "ct"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid, IntGrid):
-            raise ValueError(f"grid={self.grid!r}: expected an IntGrid")
+        if not isinstance(self.grid, IntGrid | FloatGrid | Codebook):
+            raise ValueError(f"grid={self.grid!r}: expected an IntGrid, a FloatGrid or a Codebook")
         if not isinstance(self.granularity, PerTensor | PerChannel | PerGroup | PerToken):
             raise ValueError(f"granularity={self.granularity!r}: expected PerTensor, PerChannel, PerGroup or PerToken")
-        if self.grid.bits < 2:
-            raise ValueError("bits=1: a two's complement bit has the levels -1 and 0; a scheme needs 2 bits or more")
+        if isinstance(self.grid, IntGrid) and self.grid.bits < 2:
+            raise ValueError(
+                "bits=1: a two's complement bit has the levels -1 and 0; a scheme needs 2 bits or more, or the "
+                "Codebook binary"
+            )
+        if not isinstance(self.grid, IntGrid) and not self.symmetric:
+            raise ValueError(f"symmetric=false with grid {self.grid}: only integer grids have a zero point")
         if self.scale_dtype is not None and self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype={self.scale_dtype!r}: one of {', '.join(SCALE_DTYPES)}, or null")
         if self.convention not in CONVENTIONS:
             raise ValueError(f"convention={self.convention!r}: one of {', '.join(CONVENTIONS)}")
+        if self.convention != "ct" and not (self.symmetric and isinstance(self.grid, IntGrid)):
+            raise ValueError(f"convention={self.convention!r} is about symmetric integer grids; use ct")
+        if self.scale_dtype in (E4M3, E8M0) and not isinstance(self.grid, FloatGrid):
+            raise ValueError(f"scale_dtype={self.scale_dtype!r} goes with a FloatGrid, not with {self.grid}")
+        if self.two_level and not isinstance(self.granularity, PerGroup):
+            raise ValueError(f"scale_dtype={E4M3!r} goes with PerGroup: a per-tensor scale is its second level")
         if isinstance(self.granularity, PerToken) and not self.dynamic:
             raise ValueError("granularity=PerToken needs dynamic=true: tokens are not known before they come")
+
+    @property
+    def two_level(self) -> bool:
+        """Whether a second, per-tensor scale divides the scales of the groups."""
+        return self.scale_dtype == E4M3
 
     def __str__(self) -> str:
         size = f"_g{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else ""
         name = "" if size else "_" + type(self.granularity).__name__.removeprefix("Per").lower()
-        return f"int{self.grid.bits}{size}{name}{'' if self.symmetric else '_asym'}{'_dynamic' if self.dynamic else ''}"
+        scale = {E4M3: "_e4m3", E8M0: "_e8m0"}.get(self.scale_dtype or "", "")
+        asymmetric, dynamic = "" if self.symmetric else "_asym", "_dynamic" if self.dynamic else ""
+        return f"{self.grid}{size}{name}{scale}{asymmetric}{dynamic}"
+
+
+def integers(scheme: Scheme) -> Scheme:
+    """The scheme whose integer grid holds the levels of a codebook of integers; any other scheme as it is."""
+    if isinstance(scheme.grid, Codebook) and (bits := scheme.grid.integer_bits) is not None:
+        return replace(scheme, grid=IntGrid(bits))
+    return scheme

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 from qat.models.families import structure_of
 from qat.models.structure import Smoothing
 from qat.nn.observers.base import Observer
-from qat.numerics.affine import qparams, quantize, ranges
+from qat.numerics.affine import dequantize, divisor, qparams, quantize, ranges
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme
 from qat.ptq.base import rows, targets
 from qat.surgery.match import match
+from qat.surgery.prepare import families
 from qat.surgery.walk import Block, Changes, walk
 
 CLIP_EXEMPT = ("q_proj", "k_proj")  # their outputs meet in a softmax: an error of one alone says little
@@ -69,7 +70,7 @@ def awq(
         ValueError: The family is not known, the recipe does not fit, or activations are not finite.
     """
     plan, structure = match(model, recipe), structure_of(model.config.model_type)
-    search = Search(observer, grid, duo_scaling, dtype)
+    search, together = Search(observer, grid, duo_scaling, dtype), families(model, plan.quantized)
 
     def visit(block: Block) -> Changes:
         schemes, changes = targets(block, plan), Changes()
@@ -84,7 +85,9 @@ def awq(
                     heard.scale(smoothing.linears, scales)
         for name, scheme in schemes.items():
             gram = heard.grams.get(name) if clip and not name.endswith(CLIP_EXEMPT) else None
-            changes.tensors[f"{block.name}.{name}"] = _round(weights[name], scheme, observer, dtype, gram)
+            full = f"{block.name}.{name}"
+            g = divisor((weights[n.removeprefix(f"{block.name}.")] for n in together[full]), scheme)
+            changes.tensors[full] = _round(weights[name], scheme, observer, dtype, g, gram)
         return changes
 
     return walk(model, batches, structure.blocks, visit, False, recipe, store, progress)
@@ -176,7 +179,9 @@ class Search:
 
         def loss(scales: Tensor) -> float:
             for name, linear in linears.items():
-                rounded = _round(weights[name] * scales, schemes[name], self.observer, self.dtype)
+                scheme, like = schemes[name], (n for n in linears if schemes[n] == schemes[name])
+                g = divisor((weights[n] * scales for n in like), scheme)
+                rounded = _round(weights[name] * scales, scheme, self.observer, self.dtype, g)
                 linear.weight.copy_(rounded.dequantize(torch.float32) / scales)  # type: ignore[operator]
             error = [_first(inspect(*args, **kwargs)).float() - output.float() for args, kwargs, output in calls]
             return float(sum(e.square().sum(dtype=torch.float64) for e in error)) / sum(e.numel() for e in error)
@@ -263,16 +268,18 @@ def fold(
     return {f"{block.name}.{smoothing.previous}.{key}": value for key, value in changed.items()}
 
 
-def clipped_range(weight_OI: Tensor, gram_II: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def clipped_range(
+    weight_OI: Tensor, gram_II: Tensor, scheme: Scheme, dtype: torch.dtype, g: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """For every group, the shrunken range that keeps `E (x_g . dw_g)^2` smallest (the paper's code, `auto_clip`)."""
     lo, hi = ranges(weight_OI, scheme)
     columns = weight_OI.shape[1] // (lo.shape[1] if lo.dim() == 2 else 1)
     grams = torch.stack([g[:, i * columns :][:, :columns] for i, g in enumerate(gram_II.split(columns))])
     best, best_factor = torch.full_like(lo, torch.inf), torch.ones_like(lo)
     for factor in CLIP_FACTORS:
-        scale, zero_point = qparams(lo * factor, hi * factor, scheme, dtype)
-        codes = quantize(weight_OI, scale, zero_point, scheme.grid)
-        rounded = QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight_OI.shape)).dequantize(torch.float32)
+        scale, zero_point = qparams(lo * factor, hi * factor, scheme, dtype, g)
+        codes = quantize(weight_OI, scale, zero_point, scheme.grid, g)
+        rounded = dequantize(codes, scale, zero_point, torch.float32, scheme.grid, g)
         change = (rounded - weight_OI).view(len(weight_OI), -1, columns)
         error = (torch.einsum("ogi,gij->ogj", change, grams) * change).sum(-1).reshape(lo.shape[0], -1)
         error = error.sum(0, keepdim=True).reshape(lo.shape) if lo.dim() == 1 else error
@@ -281,12 +288,20 @@ def clipped_range(weight_OI: Tensor, gram_II: Tensor, scheme: Scheme, dtype: tor
 
 
 def _round(
-    weight: Tensor, scheme: Scheme, observer: Observer, dtype: torch.dtype, gram: Tensor | None = None
+    weight: Tensor,
+    scheme: Scheme,
+    observer: Observer,
+    dtype: torch.dtype,
+    g: Tensor | None,
+    gram: Tensor | None = None,
 ) -> QuantizedTensor:
-    found = observer.observe(weight, scheme, dtype) if gram is None else clipped_range(weight, gram, scheme, dtype)
-    scale, zero_point = qparams(*found, scheme, dtype)
-    codes = quantize(weight, scale, zero_point, scheme.grid)
-    return QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape))
+    if gram is None:
+        found = observer.observe(weight, scheme, dtype, g)
+    else:
+        found = clipped_range(weight, gram, scheme, dtype, g)
+    scale, zero_point = qparams(*found, scheme, dtype, g)
+    codes = quantize(weight, scale, zero_point, scheme.grid, g)
+    return QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape), g)
 
 
 def _per_head(block: Block, smoothing: Smoothing, scales_I: Tensor, channels: int) -> Tensor:

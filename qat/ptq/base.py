@@ -12,18 +12,13 @@ from qat.surgery.walk import Block
 
 
 def targets(block: Block, plan: Plan) -> dict[str, Scheme]:
-    """Quantized linears of a block by their name in it.
-
-    Raises:
-        ValueError: The plan quantizes inputs, which weight-only methods do not see.
-    """
-    found = {}
-    for row in plan.rows:
-        if row.weight is not None and row.name.startswith(f"{block.name}."):
-            if row.input is not None:
-                raise ValueError(f"{row.name}: this method quantizes weights only; its rule also has an input scheme")
-            found[row.name.removeprefix(f"{block.name}.")] = row.weight
-    return found
+    """Quantized linears of a block by their name in it; what their rules say of inputs does not touch their weights."""
+    prefix = f"{block.name}."
+    return {
+        row.name.removeprefix(prefix): row.weight
+        for row in plan.rows
+        if row.weight is not None and row.name.startswith(prefix)
+    }
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from qat.models.families import structure_of
 from qat.nn.observers.base import Observer
-from qat.numerics.affine import group
+from qat.numerics.affine import divisor, group, served
 from qat.numerics.granularity import PerTensor
+from qat.numerics.levels import code_dtype, encode, snap
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme
@@ -123,7 +124,12 @@ def _split(tensor: QuantizedTensor, sizes: list[int]) -> list[QuantizedTensor]:
     parts = zip(tensor.codes.split(sizes), tensor.scale.split(sizes), zeros, strict=True)
     return [
         QuantizedTensor(
-            codes.clone(), scale.clone(), zero if zero is None else zero.clone(), tensor.scheme, (*codes.shape,)
+            codes.clone(),
+            scale.clone(),
+            zero if zero is None else zero.clone(),
+            tensor.scheme,
+            (*codes.shape,),
+            None if tensor.global_scale is None else tensor.global_scale.clone(),
         )
         for codes, scale, zero in parts
     ]
@@ -169,7 +175,8 @@ def quantize_rows(
 ) -> tuple[QuantizedTensor, Tensor, dict[str, Any]]:
     """`quantize_weight`, with the loss of each row (fp64 `[O]`) beside `{"damping", "fallback"}`."""
     weight = weight_OI.float()
-    scale, zero_point = observer.qparams(weight, scheme, dtype)
+    g = divisor((weight,), scheme)  # of all rows: stacked linears share it
+    scale, zero_point = observer.qparams(weight, scheme, dtype, g)
     columns = weight.shape[1]
     order = hessian_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     order = order.to(weight.device)
@@ -180,24 +187,24 @@ def quantize_rows(
     def spread(values: Tensor) -> Tensor:  # a value for each element, columns in the order in which they are taken
         return values.float().unsqueeze(-1).expand(group(weight, values).shape).reshape(weight.shape)[:, order]
 
-    s, z = spread(scale), torch.zeros((), device=weight.device) if zero_point is None else spread(zero_point)
-    z = z.expand_as(s)
-    codes = torch.empty_like(weight)
+    s, z = spread(served(scale, g)), None if zero_point is None else spread(zero_point)
+    codes = torch.empty(weight.shape, dtype=code_dtype(scheme.grid), device=weight.device)
     rest, losses = weight[:, order].clone(), torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     for begin in range(0, columns, block_size):
         end = min(begin + block_size, columns)
         errors = torch.empty(weight.shape[0], end - begin, device=weight.device)
         for i in range(begin, end):
             w = rest[:, i]
-            code = (torch.round(w / s[:, i]) + z[:, i]).clamp_(scheme.grid.qmin, scheme.grid.qmax)
-            error = (w - (code - z[:, i]) * s[:, i]) / factor[i, i]
+            zero = None if z is None else z[:, i]
+            level = snap(w / s[:, i], scheme.grid, zero)
+            error = (w - level * s[:, i]) / factor[i, i]
             rest[:, i + 1 : end].addr_(error, factor[i, i + 1 : end], alpha=-1.0)
-            codes[:, i], errors[:, i - begin] = code, error
+            codes[:, i], errors[:, i - begin] = encode(level, scheme.grid, zero), error
         rest[:, end:].addmm_(errors, factor[begin:end, end:], alpha=-1.0)
         losses += errors.double().square().sum(1) / 2
     restored = torch.empty_like(codes)
     restored[:, order] = codes
-    tensor = QuantizedTensor(restored.to(torch.int8), scale, zero_point, scheme, tuple(weight.shape))
+    tensor = QuantizedTensor(restored, scale, zero_point, scheme, tuple(weight.shape), g)
     return tensor, losses, {"damping": used, "fallback": failure}
 
 

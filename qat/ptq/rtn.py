@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qat.nn.observers.base import Observer
-from qat.numerics.affine import quantize
+from qat.numerics.affine import divisor, quantize
 from qat.numerics.metrics import sqnr
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
 from qat.surgery.match import match
+from qat.surgery.prepare import families
 from qat.surgery.walk import Changes
 
 
@@ -41,18 +42,20 @@ def rtn(
     Raises:
         ValueError: The recipe does not fit the model, or a weight is not finite; names the module.
     """
-    changes = Changes()
-    for name, scheme in match(model, recipe).quantized.items():
+    changes, schemes = Changes(), match(model, recipe).quantized
+    together = families(model, schemes)
+    for name, scheme in schemes.items():
         start = time.monotonic()
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         weight = linear.weight.detach().float()
         try:
-            scale, zero_point = observer.qparams(weight, scheme, dtype)
+            g = divisor((model.get_parameter(f"{n}.weight") for n in together[name]), scheme)
+            scale, zero_point = observer.qparams(weight, scheme, dtype, g)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        codes = quantize(weight, scale, zero_point, scheme.grid)
-        tensor = QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape))
+        codes = quantize(weight, scale, zero_point, scheme.grid, g)
+        tensor = QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape), g)
         changes.tensors[name] = tensor
         quality = sqnr(weight, tensor.dequantize(torch.float32))
         changes.layers.append({"name": name, "sqnr_db": quality, "seconds": time.monotonic() - start})

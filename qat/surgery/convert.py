@@ -7,8 +7,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from qat.nn.estimators import Clipped
+from qat.nn.fake_quantize import FakeQuantize, Phase
+from qat.nn.linear import compute_dtype
+from qat.nn.observers.base import Observer
 from qat.numerics.qtensor import QuantizedTensor
-from qat.surgery.prepare import Stored, fake_quants
+from qat.numerics.recipe import Recipe
+from qat.surgery.calibrate import needing
+from qat.surgery.prepare import Stored, fake_quants, input_fake_quant
 
 Tensors = dict[str, QuantizedTensor]
 Folded = dict[str, Tensor]
@@ -31,14 +37,15 @@ def convert(model: nn.Module) -> tuple[Tensors, Folded]:
     for name, linear in fake_quants(model).items():
         quant = linear.weight_fake_quant
         scale, zero_point = quant.qparams()
-        if not bool(torch.isfinite(scale).all()) or not bool(torch.isfinite(linear.weight).all()):
+        if not bool(torch.isfinite(scale.float()).all()) or not bool(torch.isfinite(linear.weight).all()):
             raise ValueError(
                 f"{name}: a scale or a weight is not finite; training has diverged, lower the learning rate"
             )
         zero_point = None if zero_point is None else zero_point.clone()
-        shape = tuple(linear.weight.shape)
-        tensors[name] = QuantizedTensor(quant.codes(linear.weight), scale, zero_point, quant.scheme, shape)
-    folded: Folded = {}
+        shape, g = tuple(linear.weight.shape), quant.global_scale
+        g = None if g is None else g.clone()
+        tensors[name] = QuantizedTensor(quant.codes(linear.weight), scale, zero_point, quant.scheme, shape, g)
+    folded = input_scales(model)
     seen: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, parametrize.ParametrizationList) or id(module.original) in seen:
@@ -55,8 +62,62 @@ def convert(model: nn.Module) -> tuple[Tensors, Folded]:
 
 
 @torch.no_grad()
+def input_scales(model: nn.Module) -> Folded:
+    """What is stored of the calibrated inputs: `<module>.input_scale`, `.input_zero_point`, `.input_global_scale`."""
+    result: Folded = {}
+    for name, quant in needing(model).items():
+        owner = name.removesuffix(".input_fake_quant")
+        assert int(quant.seen), f"{owner}: its input was never calibrated"
+        if quant.global_scale is not None:
+            result[f"{owner}.input_global_scale"] = quant.global_scale.clone()
+            continue
+        scale, zero_point = quant.qparams()
+        result[f"{owner}.input_scale"] = scale.clone()
+        if zero_point is not None:
+            result[f"{owner}.input_zero_point"] = zero_point.clone()
+    return result
+
+
+def is_input_scale(name: str) -> bool:
+    """Whether an entry of `folded` belongs to a calibrated input, and is no parameter of the model."""
+    return name.rpartition(".")[2] in ("input_scale", "input_zero_point", "input_global_scale")
+
+
+@torch.no_grad()
+def quantize_inputs(model: nn.Module, recipe: Recipe, folded: Folded, observer: Observer | None = None) -> None:
+    """Fake-quantizes, in place, the inputs of every plain linear that the recipe says, with the scales of `folded`.
+
+    A static scheme whose scale `folded` lacks waits for `calibrate`.
+    """
+    for name, linear in list(model.named_modules()):
+        hit = recipe.rule_for(name) if isinstance(linear, nn.Linear) else None
+        if hit is None or hit[1].input is None:
+            continue
+        device, scheme = next(linear.parameters()).device, hit[1].input
+        quant = input_fake_quant(name, scheme, observer, Clipped(), torch.float32, device)
+        quant.phase = Phase.FROZEN
+        for part in ("scale", "zero_point", "global_scale"):
+            if (value := folded.get(f"{name}.input_{part}")) is not None:
+                quant.register_buffer(part, value.to(device))
+                quant.seen += 1
+        linear.input_fake_quant = quant
+        linear.register_forward_pre_hook(_quantized)
+
+
+def _quantized(linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    assert isinstance(linear, nn.Linear)
+    quant = linear.input_fake_quant
+    assert isinstance(quant, FakeQuantize)
+    return (quant(args[0], compute_dtype(args[0], linear.weight)), *args[1:])
+
+
+@torch.no_grad()
 def apply(
-    model: PreTrainedModel, tensors: Tensors, folded: Folded, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    tensors: Tensors,
+    folded: Folded,
+    dtype: torch.dtype | None = None,
+    recipe: Recipe | None = None,
 ) -> PreTrainedModel:
     """A copy of a full-precision model with dequantized weights and changed tensors in place: the graph that is judged.
 
@@ -65,13 +126,17 @@ def apply(
         tensors: Module name to quantized weight.
         folded: Parameter name to changed tensor.
         dtype: Dtype of the weights; None keeps the model's.
+        recipe: Its input schemes are applied as well; None: weights only.
     """
     shared = {id(p): p for p in model.parameters()} | {id(b): b for b in model.buffers()}
     result = copy.deepcopy(model, memo=dict(shared))
     for name, tensor in tensors.items():
         _replace(result, f"{name}.weight", tensor.dequantize(dtype or model.get_parameter(f"{name}.weight").dtype))
     for name, value in folded.items():
-        _replace(result, name, value)
+        if not is_input_scale(name):
+            _replace(result, name, value)
+    if recipe is not None:
+        quantize_inputs(result, recipe, folded)
     return result
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qat.numerics.granularity import PerChannel, PerTensor
 from qat.numerics.recipe import Recipe
-from qat.numerics.scheme import Scheme
+from qat.numerics.scheme import E4M3, E8M0, Scheme
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def _bits(row: PlanRow, scheme: Scheme, storage_bits: int) -> int:
     for n in scheme.granularity.scale_shape(row.shape):
         scales *= n
     zeros = 0 if scheme.symmetric else scheme.grid.bits
-    width = {None: storage_bits, "float32": 32}.get(scheme.scale_dtype, 16)
-    return row.shape[0] * row.shape[1] * scheme.grid.bits + scales * (width + zeros)
+    width = {None: storage_bits, "float32": 32, E4M3: 8, E8M0: 8}.get(scheme.scale_dtype, 16)
+    return row.shape[0] * row.shape[1] * scheme.grid.bits + scales * (width + zeros) + 32 * scheme.two_level
 
 
 def match(model: nn.Module, recipe: Recipe) -> Plan:
@@ -125,11 +126,26 @@ def _row(name: str, module: nn.Module, recipe: Recipe, owner: str | None, shared
             f"{name}: its weight is tied to {owner or shared_with}, which the recipe does not quantize with it. Add a "
             f"later rule that matches {name}, with weight=null"
         )
+    _check(name, shape, rule.weight, rule.input)
+    return PlanRow(name, kind, shape, key, rule.weight, rule.input, "")
+
+
+def _check(name: str, shape: tuple[int, ...], weight: Scheme, input: Scheme | None) -> None:
+    if weight.dynamic:
+        raise ValueError(f"{name}: a dynamic scale is never stored; set dynamic=false on the weight's scheme")
     try:
-        rule.weight.granularity.scale_shape(shape)
+        weight.granularity.scale_shape(shape)
+        if input is not None:
+            input.granularity.scale_shape((1, shape[1]))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return PlanRow(name, kind, shape, key, rule.weight, rule.input, "")
+    if input is not None and not input.dynamic and not isinstance(input.granularity, PerTensor):
+        raise ValueError(
+            f"{name}: static input scheme {input}: the tokens of the calibration are not those to come; use PerTensor, "
+            f"or set dynamic=true"
+        )
+    if input is not None and isinstance(input.granularity, PerChannel):
+        raise ValueError(f"{name}: input scheme {input}: an input has no output channels; use PerToken or PerTensor")
 
 
 def _weight(module: nn.Module) -> nn.Parameter | None:

@@ -1,15 +1,20 @@
 """prepare: a Hugging Face model becomes one that computes, in training, with what will be served."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qat.nn.estimators import Estimator
+from qat.models.families import STRUCTURES
+from qat.nn.estimators import SEQ, Clipped, Estimator, LSQPlus
 from qat.nn.fake_quantize import FakeQuantize, Phase
 from qat.nn.linear import QATLinear
 from qat.nn.observers.base import Observer
 from qat.nn.observers.minmax import MinMax
+from qat.numerics.grid import Codebook
 from qat.numerics.recipe import Recipe
+from qat.numerics.scheme import E8M0, Scheme
 from qat.surgery.match import Plan, match
 
 
@@ -42,35 +47,44 @@ def prepare(
     estimator: Estimator,
     storage: torch.dtype = torch.bfloat16,
     train_embeddings: bool = False,
+    input_observer: Observer | None = None,
+    input_estimator: Estimator | None = None,
 ) -> Plan:
     """Replaces, in place, every linear that the recipe quantizes by a `QATLinear` and takes its scales from its weight.
 
     What stays unquantized and trains (norms, biases, unquantized linears) enters the forward through a straight-through
     rounding to the storage dtype, since that is what will be served. Embeddings, and a head tied to them, are frozen
-    unless `train_embeddings`.
+    unless `train_embeddings`. Static ranges of inputs are not known yet: `surgery.calibrate` follows.
 
     Args:
         model: A model with fp32 parameters.
         recipe: Module name to scheme.
-        observer: Finds the ranges of weights; inputs, which are dynamic, always take their min-max range.
-        estimator: The gradient of rounding.
+        observer: Finds the ranges of weights.
+        estimator: The gradient of rounding weights.
         storage: Storage dtype of the export.
         train_embeddings: Whether embeddings train.
+        input_observer: Finds the static ranges of inputs; None: their extremes. Dynamic ranges are always min-max.
+        input_estimator: The gradient of rounding inputs on a static range; None: clipped straight-through, which
+            dynamic ranges always have (their scale is not differentiated: LLM-QAT, arXiv:2305.17888).
 
     Returns:
         What was done to which module, and what was left alone and why.
 
     Raises:
-        ValueError: The recipe does not fit the model (`surgery.match`), a parameter is not fp32, an input scheme is
-            static, or a weight is not finite; the message names the module.
+        ValueError: The recipe does not fit the model (`surgery.match`) or the estimator a scheme, a parameter is not
+            fp32, or a weight is not finite; the message names the module.
     """
     plan = match(model, recipe)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ValueError(f"{name}: {parameter.dtype}; masters are fp32, load the model in float32")
+    input_estimator = input_estimator or Clipped()
     for row in plan.rows:
+        if row.weight is not None:
+            check_estimator(row.name, estimator, row.weight)
         if row.input is not None and not row.input.dynamic:
-            raise ValueError(f"{row.name}: input scheme {row.input} is static; set dynamic=true")
+            check_estimator(row.name, input_estimator, row.input)
+    together = families(model, plan.quantized)
     for row in plan.rows:
         if row.weight is None:
             continue
@@ -78,13 +92,71 @@ def prepare(
         assert isinstance(linear, nn.Linear)
         device = linear.weight.device
         weight = FakeQuantize(row.weight, row.shape, observer, estimator, storage, row.name, device)
-        weight.observe(linear.weight)
-        input = None if row.input is None else FakeQuantize(row.input, None, MinMax(), estimator, storage, row.name)
+        weight.observe(linear.weight, tuple(model.get_parameter(f"{name}.weight") for name in together[row.name]))
+        input = None
+        if row.input is not None:
+            input = input_fake_quant(row.name, row.input, input_observer, input_estimator, storage, device)
         model.set_submodule(row.name, QATLinear.from_float(linear, weight, input))
-    set_phase(model, Phase.LEARN if estimator.learns_scale else Phase.FROZEN)
+    learns = estimator.learns_scale or input_estimator.learns_scale
+    set_phase(model, Phase.LEARN if learns else Phase.FROZEN)
     _freeze_embeddings(model, train_embeddings)
     _round_unquantized(model, storage)
     return plan
+
+
+def input_fake_quant(
+    name: str,
+    scheme: Scheme,
+    observer: Observer | None,
+    estimator: Estimator,
+    storage: torch.dtype,
+    device: torch.device,
+) -> FakeQuantize:
+    """What quantizes the inputs of module `name`."""
+    if scheme.dynamic:
+        return FakeQuantize(scheme, None, MinMax(), Clipped(), storage, f"{name} (input)", device, running=True)
+    shape = (1,)  # PerTensor, as `match` saw to
+    return FakeQuantize(
+        scheme, shape, observer or MinMax(), estimator, storage, f"{name} (input)", device, running=True
+    )
+
+
+def check_estimator(name: str, estimator: Estimator, scheme: Scheme) -> None:
+    """Raises ValueError, naming the module, if an estimator cannot learn what it learns on a scheme."""
+    kind = type(estimator).__name__
+    if estimator.learns_scale and scheme.scale_dtype == E8M0:
+        raise ValueError(
+            f"{name}: estimator {kind} learns a scale, but those of {scheme} are powers of two; use estimator=clipped"
+        )
+    if isinstance(estimator, SEQ) and not isinstance(scheme.grid, Codebook):
+        raise ValueError(
+            f"{name}: estimator SEQ is for the codebooks binary, ternary and seq2, not for {scheme}; use estimator=lsq"
+        )
+    if isinstance(estimator, LSQPlus) and scheme.symmetric:
+        raise ValueError(
+            f"{name}: estimator LSQPlus learns an offset, but {scheme} is symmetric; set symmetric=false or use "
+            f"estimator=lsq"
+        )
+
+
+def families(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:
+    """Module name to the modules that share its global scale: query, key and value; gate and up.
+
+    Serving engines multiply them as one matrix. Where the model's family is not described, and on schemes with one
+    level of scales, each is alone.
+    """
+    alone: dict[str, tuple[str, ...]] = {name: (name,) for name in schemes}
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in STRUCTURES:
+        return alone
+    for stage in STRUCTURES[kind].stages:
+        for name in schemes:
+            if name.endswith(f".{stage[0]}"):
+                prefix = name.removesuffix(stage[0])
+                found = tuple(n for part in stage if schemes.get(n := prefix + part) == schemes[name])
+                if schemes[name].two_level:
+                    alone |= dict.fromkeys(found, found)
+    return alone
 
 
 def fake_quants(model: nn.Module) -> dict[str, QATLinear]:
@@ -97,6 +169,13 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
     for module in model.modules():
         if isinstance(module, FakeQuantize):
             module.phase = phase
+
+
+def set_strength(model: nn.Module, strength: float) -> None:
+    """How far every fake-quantization goes from the tensor to its grid, 1 being all the way."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            module.strength = strength
 
 
 def _freeze_embeddings(model: nn.Module, train: bool) -> None:

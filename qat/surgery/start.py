@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from qat.kernels.fake_quant import served_zero
 from qat.nn.fake_quantize import FakeQuantize
-from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.grid import IntGrid
 from qat.surgery.changes import Changes
+from qat.surgery.convert import is_input_scale
 from qat.surgery.prepare import fake_quants
 
 
@@ -29,12 +31,11 @@ def start_from(student: nn.Module, changes: Changes) -> None:
         raise ValueError(f"{strays[0]}: quantized by the method, but not by the recipe of the training")
     for name, tensor in changes.tensors.items():
         linears[name].weight.copy_(tensor.dequantize(torch.float32))
-        _take(linears[name].weight_fake_quant, tensor)
+        linears[name].weight_fake_quant.take(tensor.scale, tensor.zero_point, tensor.global_scale)
     for name, value in changes.folded.items():
-        _master(student, name).copy_(value)
-    if changes.state:
-        missing = student.load_state_dict(changes.state, strict=False)
-        assert not missing.unexpected_keys, f"{missing.unexpected_keys[0]}: trained, but the prepared model has it not"
+        if not is_input_scale(name):  # those are part of the state, or will be calibrated
+            _master(student, name).copy_(value)
+    _load(student, changes.state)
     for name, tensor in changes.tensors.items():
         quant = linears[name].weight_fake_quant
         same = torch.equal(quant.codes(linears[name].weight).cpu(), tensor.codes.cpu())
@@ -42,11 +43,19 @@ def start_from(student: nn.Module, changes: Changes) -> None:
         assert torch.equal(quant.qparams()[0].cpu(), tensor.scale.cpu()), f"{name}: nor from their scales"
 
 
-def _take(quant: FakeQuantize, tensor: QuantizedTensor) -> None:
-    quant.scale.copy_(tensor.scale)
-    quant.log_step.zero_()
-    if quant.zero_point is not None and tensor.zero_point is not None:
-        quant.zero_point.copy_(tensor.zero_point)
+def _load(student: nn.Module, state: dict[str, Tensor]) -> None:
+    """Takes over what was trained; zero points that no longer train stay where they were trained to."""
+    own = student.state_dict().keys()
+    settled = {name for name in state if name.endswith(".zero_step") and name not in own}
+    found = student.load_state_dict({k: v for k, v in state.items() if k not in settled}, strict=False)
+    assert not found.unexpected_keys, f"{found.unexpected_keys[0]}: trained, but the prepared model has it not"
+    for name in settled:
+        quant = student.get_submodule(name.removesuffix(".zero_step"))
+        assert isinstance(quant, FakeQuantize)
+        assert isinstance(quant.scheme.grid, IntGrid)
+        assert quant.zero_point is not None
+        step = state[name].to(quant.zero_point.device)
+        quant.zero_point.copy_(served_zero(quant.zero_point, step, quant.scheme.grid))
 
 
 def _master(model: nn.Module, name: str) -> Tensor:

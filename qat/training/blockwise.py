@@ -26,7 +26,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qat.models.families import structure_of
 from qat.nn.estimators import Estimator
@@ -35,8 +35,9 @@ from qat.nn.observers.base import Observer
 from qat.numerics.affine import group
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
+from qat.surgery.calibrate import calibrating
 from qat.surgery.changes import Changes
-from qat.surgery.convert import convert
+from qat.surgery.convert import convert, is_input_scale, quantize_inputs
 from qat.surgery.match import Plan, match
 from qat.surgery.prepare import fake_quants, prepare
 from qat.surgery.walk import Block, walk
@@ -52,6 +53,8 @@ class BlockTraining:
 
     observer: Observer
     estimator: Estimator
+    input_observer: Observer | None
+    input_estimator: Estimator | None
     train: Sequence[Trained]
     relative: bool
     epochs: int
@@ -67,9 +70,6 @@ class BlockTraining:
             raise ValueError("blockwise: train is empty, so nothing would be learned; use rtn")
         if {"weights", "round"} <= set(self.train):
             raise ValueError("blockwise: train has both weights and round, which keeps weights in place; choose one")
-        if "scales" in self.train and not self.estimator.learns_scale:
-            name = type(self.estimator).__name__
-            raise ValueError(f"blockwise: train has scales, but {name} learns none; leave them out, or estimator=lsq")
         if self.epochs < 1:
             raise ValueError(f"blockwise: epochs={self.epochs}; use 1 or more")
         for name in ("lr", "scale_lr"):
@@ -84,6 +84,8 @@ def blockwise(
     *,
     observer: Observer,
     estimator: Estimator,
+    input_observer: Observer | None = None,
+    input_estimator: Estimator | None = None,
     train: Sequence[Trained] = ("weights", "scales", "zeros", "norms"),
     relative: bool = True,
     epochs: int = 2,
@@ -107,8 +109,10 @@ def blockwise(
         batches: Token ids, `[B, T]` each, of one length, without padding.
         observer: Where scales start.
         estimator: The gradient of rounding.
-        train: What trains: `weights`, or `round` (within half a step); `scales`; `zeros`, where scheme and estimator
-            have them; `norms`, with whatever else in a block stays unquantized.
+        input_observer: See `prepare`; static ranges of inputs are taken from the quantized stream, block by block.
+        input_estimator: See `prepare`.
+        train: What trains: `weights`, or `round` (within half a step); `scales` and `zeros`, where schemes have them
+            and estimators learn them; `norms`, with whatever else in a block stays unquantized.
         relative: Whether the error of each token is divided by the mean square of its target; else the plain MSE.
         epochs: Passes over the batches.
         batch_size: Sequences for each optimizer step.
@@ -128,7 +132,9 @@ def blockwise(
         ValueError: The family is not known, the recipe does not fit or quantizes something outside of the blocks,
             arguments contradict each other, or the loss of a block stops being finite; finished blocks stay in `store`.
     """
-    how = BlockTraining(observer, estimator, tuple(train), relative, epochs, lr, scale_lr, seed, dtype)
+    how = BlockTraining(
+        observer, estimator, input_observer, input_estimator, tuple(train), relative, epochs, lr, scale_lr, seed, dtype
+    )
     plan, blocks = match(model, recipe), structure_of(model.config.model_type).blocks
     for name, scheme in plan.quantized.items():
         if not name.startswith(f"{blocks}."):
@@ -141,34 +147,37 @@ def blockwise(
 
     def visit(block: Block) -> Changes:
         rules = _rules(block, plan)
-        return train_block(block, Recipe(rules), how) if rules else Changes()
+        return train_block(block, Recipe(rules), model.config, how) if rules else Changes()
 
     return walk(model, steps, blocks, visit, True, recipe, store, progress, targets=True, offload=offload)
 
 
-def train_block(block: Block, recipe: Recipe, how: BlockTraining) -> Changes:
-    """Trains one block against its targets, and leaves its codes, dequantized, in `block.module`."""
+def train_block(block: Block, recipe: Recipe, config: PretrainedConfig, how: BlockTraining) -> Changes:
+    """Trains one block against its targets, and leaves what will be served of it in `block.module`."""
     start = time.monotonic()
-    student = _alone(block)
-    prepare(student, recipe, how.observer, how.estimator, how.dtype)
+    module = copy.deepcopy(block.module).float().requires_grad_(True)
+    student = _at(block.name, module, config)
+    inputs = (how.input_observer, how.input_estimator)
+    prepare(student, recipe, how.observer, how.estimator, how.dtype, False, *inputs)
+    with calibrating(student) as count:
+        for index in range(len(block.inputs) if count else 0):
+            block.output(index, module)
     _select(student, how.train)
-    module = student.get_submodule(block.name)
     initial = _mean_loss(block, module, how.relative)
     with torch.enable_grad():
         steps = _descend(block, student, max(initial, torch.finfo(torch.float32).tiny), how)
     loss = _mean_loss(block, module, how.relative)
     tensors, folded = convert(student)
+    served = _at(block.name, block.module, config)
     for name, linear in fake_quants(student).items():
-        served = tensors[name].dequantize(torch.float32)
-        assert torch.equal(linear.weight_fake_quant(linear.weight, torch.float32), served), (
-            f"{name}: trained with other weights than its codes"
-        )
-        inside = block.module.get_submodule(name.removeprefix(f"{block.name}."))
-        inside.get_parameter("weight").copy_(served)
-        if (quant := linear.input_fake_quant) is not None:
-            inside.register_forward_pre_hook(lambda _, args, quant=quant: quant(args[0], args[0].dtype))
+        weight = tensors[name].dequantize(torch.float32)
+        same = torch.equal(linear.weight_fake_quant(linear.weight, torch.float32), weight)
+        assert same, f"{name}: trained with other weights than its codes"
+        served.get_parameter(f"{name}.weight").copy_(weight)
     for name, value in folded.items():
-        block.module.get_parameter(name.removeprefix(f"{block.name}.")).copy_(value)
+        if not is_input_scale(name):
+            served.get_parameter(name).copy_(value)
+    quantize_inputs(served, recipe, folded)
     state = {name: value.cpu() for name, value in student.state_dict().items()}
     seconds = time.monotonic() - start
     row = {"name": block.name, "initial": initial, "loss": loss, "steps": steps, "fallback": None, "seconds": seconds}
@@ -244,15 +253,16 @@ def _rules(block: Block, plan: Plan) -> dict[str, Rule]:
     return {row.name: Rule(re.escape(row.name), row.weight, row.input) for row in rows}
 
 
-def _alone(block: Block) -> nn.Module:
-    """An fp32 copy of a block in a model of nothing else, so that its modules have their absolute names."""
+def _at(path: str, module: nn.Module, config: PretrainedConfig) -> nn.Module:
+    """A model of nothing but one block, in its place: its modules have their absolute names, and their family."""
     root = node = nn.Module()
-    *parents, last = block.name.split(".")
+    root.config = config
+    *parents, last = path.split(".")
     for name in parents:
         node.add_module(name, nn.Module())
         node = node.get_submodule(name)
-    node.add_module(last, copy.deepcopy(block.module).float())
-    return root.requires_grad_(True)
+    node.add_module(last, module)
+    return root
 
 
 def _select(student: nn.Module, train: Sequence[Trained]) -> None:
@@ -272,4 +282,4 @@ def _select(student: nn.Module, train: Sequence[Trained]) -> None:
             trains = "norms" in train
         parameter.requires_grad_(parameter.requires_grad and trains)
     if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise ValueError(f"blockwise: of train={list(train)} this recipe and estimator have nothing; add scales")
+        raise ValueError(f"blockwise: of train={list(train)} this recipe and estimator have nothing; add weights")

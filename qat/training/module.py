@@ -8,8 +8,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
-from qat.nn.fake_quantize import Phase
-from qat.surgery.prepare import fake_quants, set_phase
+from qat.nn.fake_quantize import FakeQuantize, Phase
+from qat.surgery.prepare import set_phase
 from qat.training.losses import Loss, cross_entropy
 from qat.training.optim import Optim
 from qat.training.phases import PhaseSchedule
@@ -52,7 +52,7 @@ class QATModule(pl.LightningModule):
         self._forward = (torch.compile(student) if compiled else student,)
         self.loss, self.schedule, self.optim, self.steps = loss, schedule, optim, steps
         self.val_nll = MeanMetric(nan_strategy="disable")  # NaN stays NaN
-        self.learns_scale = any(m.weight_fake_quant.estimator.learns_scale for m in fake_quants(student).values())
+        self.learns_scale = any(m.estimator.learns_scale for m in student.modules() if isinstance(m, FakeQuantize))
         self._rng: dict[str, Any] | None = None
 
     @property

@@ -10,6 +10,7 @@ def test_every_word_is_there():
         "run",
         "train",
         "ptq",
+        "sensitivity",
         "eval",
         "export",
         "verify",

@@ -5,14 +5,17 @@ import copy
 import pytest
 import torch
 from tiny import scheme
+from torch.utils.checkpoint import checkpoint
 
-from qat.nn.estimators import LSQ, Clipped, StraightThrough
+from qat.nn.estimators import LSQ, Clipped, EfficientQAT, LSQPlus, Rounded, StraightThrough
 from qat.nn.fake_quantize import FakeQuantize, Phase, kept
+from qat.nn.observers.ema import EMA
 from qat.nn.observers.minmax import MinMax
 from qat.nn.observers.mse import MSE
 from qat.numerics.affine import dequantize, rtn
-from qat.numerics.granularity import PerToken
-from qat.numerics.grid import IntGrid
+from qat.numerics.granularity import PerGroup, PerTensor, PerToken
+from qat.numerics.grid import FloatGrid, IntGrid
+from qat.numerics.levels import snap
 from qat.numerics.scheme import Scheme
 
 F32 = torch.float32
@@ -77,8 +80,9 @@ def test_the_gradient_is_the_estimators_summed_over_each_group(symmetric):
     scale, zero = quant.qparams()
     s = scale.float().unsqueeze(-1)
     z = None if zero is None else zero.float().unsqueeze(-1)
-    v = w.detach().view(16, 2, 32) / s + (0 if z is None else z)
-    dx, ds = LSQ().gradients(grad.view(16, 2, 32), v, -8, 7, z)
+    u, low, high = w.detach().view(16, 2, 32) / s, -8 - (0 if z is None else z), 7 - (0 if z is None else z)
+    rounded = Rounded(u, snap(u, IntGrid(4), z), low, high, 0.5, True, 7, 7.5, 32)
+    dx, ds, _ = LSQ().gradients(grad.view(16, 2, 32), rounded)
     assert torch.allclose(w.grad, dx.view(16, 64))
     assert torch.allclose(quant.log_step.grad, ds.sum(-1) * scale.float(), rtol=1e-5, atol=1e-7)
 
@@ -139,3 +143,97 @@ def test_kept_computes_once_for_each_dtype_and_forgets_afterwards():
     assert torch.equal(first, before)
     assert quant(w + 1, F32) is not first
     assert torch.equal(quant(2 * w, F32), copy.deepcopy(quant)(2 * w, F32))
+
+
+@pytest.mark.parametrize("estimator", [LSQPlus(), EfficientQAT()], ids=["lsq_plus", "efficient_qat"])
+def test_a_learned_zero_point_moves_by_whole_codes_and_is_what_is_stored(estimator):
+    quant, w = make(estimator, symmetric=False, bits=2), torch.randn(16, 64, requires_grad=True)
+    quant.observe(w)
+    quant.phase = Phase.LEARN
+    start = quant.qparams()[1].clone()
+    (quant(2 * w, F32) * torch.randn(16, 64)).sum().backward()  # twice the range: many clip
+    assert float(quant.zero_step.grad.abs().sum()) > 0
+    with torch.no_grad():
+        quant.zero_step.fill_(0.6)
+    moved = quant.qparams()[1]
+    assert torch.equal(moved, (start + 1).clamp(-2, 1))
+    expected = dequantize(quant.codes(w), quant.qparams()[0], moved, F32)
+    assert torch.equal(quant(w, F32), expected)
+    quant.phase = Phase.FROZEN
+    quant.zero_step.grad = None
+    quant(w, F32).sum().backward()
+    assert quant.zero_step.grad is None
+
+
+def test_the_gradient_of_a_zero_point_is_the_estimators_times_the_scale():
+    quant, w = make(EfficientQAT(), symmetric=False, bits=2), torch.randn(16, 64)
+    quant.observe(w / 3)  # so that many clip
+    quant.phase = Phase.LEARN
+    grad = torch.randn(16, 64)
+    quant(w, F32).backward(grad)
+    scale, zero = quant.qparams()
+    v = torch.round(w.view(16, 2, 32) / scale.float().unsqueeze(-1)) + zero.unsqueeze(-1)
+    outside = (v < -2) | (v > 1)
+    expected = -(grad.view(16, 2, 32) * outside).sum(-1) * scale.float()
+    assert torch.allclose(quant.zero_step.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def static(observer, estimator=None):
+    whole = Scheme(IntGrid(8), PerTensor(), scale_dtype="float32")
+    return FakeQuantize(whole, (1,), observer, estimator or Clipped(), torch.bfloat16, "x (input)", running=True)
+
+
+def test_a_running_range_is_that_of_all_batches():
+    quant = static(MinMax())
+    for size in (1.0, 3.0, 2.0):
+        quant(torch.tensor([[-size, size / 2]]), F32)
+    assert float(quant.scale) == float(torch.tensor(3.0) / 127.5)
+    assert int(quant.seen) == 3
+    averaged = static(EMA(0.5))
+    for size in (1.0, 3.0):
+        averaged(torch.tensor([[-size, size / 2]]), F32)
+    assert float(averaged.scale) == pytest.approx(2.0 / 127.5)
+
+
+def test_a_running_range_stands_still_in_evaluation_and_in_recomputation():
+    quant, x = static(EMA(0.5)), torch.randn(4, 16, requires_grad=True)
+    linear = torch.nn.Linear(16, 4)
+
+    def block(x):
+        return linear(quant(x, F32))
+
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert int(quant.seen) == 1
+    quant.eval()
+    quant(5 * x, F32)
+    assert int(quant.seen) == 1
+    assert float(quant.high) == float(x.detach().max())
+
+
+def test_a_dynamic_two_level_scheme_keeps_its_global_scale_only():
+    nvfp4 = Scheme(FloatGrid("e2m1"), PerGroup(16), dynamic=True, scale_dtype="float8_e4m3fn")
+    quant, x = FakeQuantize(nvfp4, None, MinMax(), Clipped(), torch.bfloat16, "x", running=True), torch.randn(3, 32)
+    quant(x, F32)
+    quant.phase = Phase.FROZEN
+    g = quant.global_scale
+    assert float(g) == pytest.approx(448 * 6 / float(x.abs().max()))
+    codes, scale, _ = rtn(x, nvfp4, F32, g)
+    assert torch.equal(quant(x, F32), dequantize(codes, scale, None, F32, nvfp4.grid, g))
+    assert torch.equal(quant(x / 2, F32), quant(x / 2, F32))
+    assert torch.equal(quant.global_scale, g)
+
+
+@pytest.mark.parametrize("estimator", [LSQ(), LSQPlus(), EfficientQAT(), Clipped()])
+def test_with_half_its_strength_half_the_gradient_goes_straight(estimator):
+    w, grad = torch.randn(16, 64), torch.randn(16, 64)
+    found = []
+    for strength in (0.0, 0.5, 1.0):
+        quant, x = make(estimator, symmetric=False), w.clone().requires_grad_()
+        quant.observe(w / 2)
+        quant.phase, quant.strength = Phase.LEARN, strength
+        quant(x, F32).backward(grad)
+        steps = [p.grad for p in (quant.log_step, quant.zero_step) if p is not None and p.requires_grad]
+        found.append([x.grad, *steps])
+    assert torch.equal(found[0][0], grad)
+    for none, half, whole in zip(*found, strict=True):
+        assert torch.allclose(half, (none + whole) / 2, rtol=1e-4, atol=1e-6)

@@ -3,36 +3,51 @@
 import pytest
 import torch
 from tiny import scheme
+from tiny_grids import OTHERS
 
-from qat.nn.estimators import LSQ, StraightThrough
+from qat.nn.estimators import LSQ, Clipped, Rounded, StraightThrough
 from qat.nn.fake_quantize import FakeQuantize
 from qat.nn.frozen_codes import Follow, FrozenCodes, freeze_codes
 from qat.nn.linear import QATLinear
 from qat.nn.observers.minmax import MinMax
+from qat.numerics.affine import group
 from qat.numerics.granularity import PerChannel
 from qat.numerics.grid import IntGrid
 from qat.numerics.scheme import Scheme
 
 
-def linear(symmetric=True, estimator=None, bits=3, storage=torch.bfloat16, wide=False):
-    rule = Scheme(IntGrid(bits), PerChannel(), symmetric) if wide else scheme(bits, 32, symmetric)
+def linear(symmetric=True, estimator=None, bits=3, storage=torch.bfloat16, wide=False, rule=None):
+    rule = rule or (Scheme(IntGrid(bits), PerChannel(), symmetric) if wide else scheme(bits, 32, symmetric))
     quant = FakeQuantize(rule, (16, 64), MinMax(), estimator or LSQ(), storage, "w")
     module = QATLinear.from_float(torch.nn.Linear(64, 16), quant)
     quant.observe(module.weight)
     return module
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_gradient_is_the_derivative_of_the_levels(symmetric):
-    """Closed form in float64, every code and both edges: d/ds sum G (q - z) s = sum G (q - z)."""
-    grad, v = torch.randn(4, 9, dtype=torch.float64), torch.linspace(-6, 6, 36, dtype=torch.float64).view(4, 9)
-    z = None if symmetric else torch.tensor([[1.0], [0.0], [-2.0], [3.0]], dtype=torch.float64)
-    s = torch.rand(4, 1, dtype=torch.float64, requires_grad=True)
-    codes = v.round().clamp(-4, 3)
-    ((codes - (0 if z is None else z)) * s * grad).sum().backward()
-    dx, ds = FrozenCodes().gradients(grad, v.clone(), -4, 3, z)
-    assert torch.allclose(ds.sum(1, keepdim=True), s.grad, rtol=1e-12)
+@pytest.mark.parametrize("name", ["int", "asymmetric", "nvfp4", "PerChannel()_nf4", "fp8_tensor"])
+def test_the_gradient_is_the_derivative_of_the_levels(name):
+    """Closed form, every code and both edges: d/dlog s of the result is the result, whatever the grid."""
+    rule = {"int": scheme(3), "asymmetric": scheme(3, symmetric=False)}.get(name) or OTHERS[name]
+    module, grad = linear(rule=rule), torch.randn(16, 64)
+    with torch.no_grad():
+        module.weight[:, ::3].mul_(4)  # beyond the outermost levels, since scales are those of before
+    freeze_codes(module)
+    module.weight_fake_quant(module.weight, torch.float32).backward(grad)
+    expected = group((module.weight * grad).detach().double(), module.weight_fake_quant.scale).sum(-1)
+    assert torch.allclose(module.weight_fake_quant.log_step.grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_get_nothing():
+    grad, u = torch.randn(4, 9), torch.linspace(-6, 6, 36).view(4, 9)
+    dx, ds, dz = FrozenCodes().gradients(grad, Rounded(u, u.round(), -4, 3, 0.5, True, 3, 3.5, 9))
     assert not dx.any()
+    assert torch.equal(ds, u.round() * grad)
+    assert dz is None
+
+
+def test_powers_of_two_are_not_learned():
+    with pytest.raises(ValueError, match=r"^w: scales of .* are powers of two; use optim.train=all"):
+        freeze_codes(linear(rule=OTHERS["mxfp4"], estimator=Clipped()))
 
 
 @pytest.mark.parametrize("estimator", [LSQ(), StraightThrough()])

@@ -38,12 +38,11 @@ def test_a_block_is_not_taken_for_another_whose_number_starts_alike():
     assert all(model.get_submodule(f"model.layers.1.{name}") for name in targets(block(model, 1), plan))
 
 
-def test_an_input_scheme_is_refused_by_name():
+def test_an_input_scheme_does_not_touch_the_weights():
     model = tiny(layers=1)
     inputs = Scheme(IntGrid(8), PerToken(), dynamic=True)
     plan = match(model, Recipe({"linears": Rule(".*up_proj", scheme(), inputs)}))
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj: this method quantizes weights only"):
-        targets(block(model, 0), plan)
+    assert targets(block(model, 0), plan) == {"mlp.up_proj": scheme()}
 
 
 def test_listening_sees_every_call_while_it_is_open_and_none_after():

@@ -1,41 +1,43 @@
 import pytest
 import torch
-from tiny import recipe, scheme
+from tiny import scheme
+from tiny_grids import OTHERS
 
-from qat.numerics.affine import rtn
+from qat.numerics.affine import divisor, rtn
 from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.recipe import Recipe, Rule
 from qat.surgery import changes as module
 from qat.surgery.changes import Changes
 
 NAME = "model.layers.0.mlp.up_proj"
+SCHEMES = {"int": scheme(4), "asymmetric": scheme(4, symmetric=False)} | {
+    name: OTHERS[name] for name in ("nvfp4", "mxfp4", "PerChannel()_nf4", "fp8_channel")
+}
 
 
-def changes(symmetric=False, **more):
-    s = scheme(4, 32, symmetric)
-    codes, scale, zero = rtn(torch.randn(8, 64), s, torch.bfloat16)
-    tensor = QuantizedTensor(codes, scale, zero, s, (8, 64), **more)
-    state = {f"{NAME}.weight": torch.randn(8, 64), f"{NAME}.weight_fake_quant.log_step": torch.randn(8, 2)}
+def changes(rule=SCHEMES["int"]):
+    weight = torch.randn(8, 64)
+    g = divisor((weight,), rule)
+    tensor = QuantizedTensor(*rtn(weight, rule, torch.bfloat16, g), rule, (8, 64), g)
+    state = {f"{NAME}.weight": weight, f"{NAME}.weight_fake_quant.log_step": torch.randn(8, 2)}
     return Changes({NAME: tensor}, {"norm.weight": torch.randn(4).bfloat16()}, [{"name": NAME, "loss": 1.5}], state)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("more", [{}, {"global_scale": torch.tensor([2.5])}])
-def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, symmetric, more):
-    one = changes(symmetric, **more)
+@pytest.mark.parametrize("rule", SCHEMES.values(), ids=SCHEMES)
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, rule):
+    one = changes(rule)
     one.save(tmp_path / "one.safetensors")
-    again = Changes.load(tmp_path / "one.safetensors", recipe(4, 32, symmetric), "cpu")
+    again = Changes.load(tmp_path / "one.safetensors", Recipe({"all": Rule(".*", rule)}), "cpu")
     assert again.layers == one.layers
     for part in module.PARTS:
         before, after = getattr(one.tensors[NAME], part), getattr(again.tensors[NAME], part)
         assert (before is None) == (after is None)
         assert before is None or (torch.equal(before, after) and before.dtype == after.dtype)
-    assert again.tensors[NAME].scheme == one.tensors[NAME].scheme
+    assert again.tensors[NAME].scheme == rule
     for part in ("folded", "state"):
         before, after = getattr(one, part), getattr(again, part)
         assert before.keys() == after.keys()
-        assert all(
-            torch.equal(value, after[name]) and value.dtype == after[name].dtype for name, value in before.items()
-        )
+        assert all(torch.equal(v, after[name]) and v.dtype == after[name].dtype for name, v in before.items())
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

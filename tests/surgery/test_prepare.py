@@ -3,14 +3,15 @@ import copy
 import pytest
 import torch
 from tiny import recipe, scheme, tiny
+from torch.nn.utils import parametrize
 
-from qat.nn.estimators import LSQ, StraightThrough
+from qat.nn.estimators import LSQ, SEQ, LSQPlus, StraightThrough
 from qat.nn.fake_quantize import Phase
 from qat.nn.linear import QATLinear
 from qat.nn.observers.minmax import MinMax
 from qat.numerics.affine import rtn
-from qat.numerics.granularity import PerToken
-from qat.numerics.grid import IntGrid
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.grid import FloatGrid, IntGrid
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 from qat.ptq.rtn import rtn as rtn_method
@@ -85,13 +86,66 @@ def test_inputs_are_quantized_where_the_recipe_says():
     assert not isinstance(student.model.layers[0].mlp.up_proj, QATLinear)
 
 
-def test_masters_that_are_not_fp32_and_static_inputs_are_refused():
+def test_masters_that_are_not_fp32_are_refused():
     with pytest.raises(ValueError, match=r"torch.bfloat16; masters are fp32"):
         prepare(tiny().bfloat16(), recipe(), MinMax(), LSQ())
-    static = Recipe({"a": Rule(".*_proj", scheme(), Scheme(IntGrid(8), PerToken(), dynamic=True))})
-    object.__setattr__(static.rules["a"].input, "dynamic", False)
-    with pytest.raises(ValueError, match="is static; set dynamic=true"):
-        prepare(tiny(), static, MinMax(), LSQ())
+
+
+NVFP4 = Scheme(FloatGrid("e2m1"), PerGroup(16), scale_dtype="float8_e4m3fn")
+MXFP4 = Scheme(FloatGrid("e2m1"), PerGroup(32), scale_dtype="float8_e8m0fnu")
+TOKEN = Scheme(IntGrid(8), PerToken(), dynamic=True)
+
+
+@pytest.mark.parametrize(
+    ("weight", "input", "estimator", "input_estimator", "message"),
+    [
+        (MXFP4, None, LSQ(), None, "powers of two; use estimator=clipped"),
+        (scheme(), None, SEQ(), None, "binary, ternary and seq2"),
+        (scheme(), None, LSQPlus(), None, "set symmetric=false or use estimator=lsq"),
+        (scheme(), Scheme(IntGrid(8), PerTensor()), LSQ(), LSQPlus(), "set symmetric=false"),
+        (scheme(), Scheme(IntGrid(8), PerGroup(32)), LSQ(), None, "static input scheme"),
+        (scheme(), Scheme(IntGrid(8), PerChannel(), dynamic=True), LSQ(), None, "an input has no output channels"),
+        (TOKEN, None, LSQ(), None, "set dynamic=false on the weight's scheme"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(weight, input, estimator, input_estimator, message):
+    with pytest.raises(ValueError, match=rf"^model\.layers\.0\.mlp\.down_proj: .*{message}"):
+        prepare(tiny(1), Recipe({"a": Rule(".*down_proj", weight, input)}), MinMax(), estimator,
+                input_estimator=input_estimator)  # fmt: skip
+
+
+def test_query_key_and_value_share_a_global_scale_and_so_do_gate_and_up():
+    student = tiny()
+    prepare(student, Recipe({"a": Rule(".*_proj", NVFP4)}), MinMax(), LSQ())
+    for layer, original in zip(student.model.layers, tiny().model.layers, strict=True):
+        for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+            part = "self_attn" if hasattr(layer.self_attn, names[0]) else "mlp"
+            modules = [layer.get_submodule(f"{part}.{n}") for n in names]
+            amax = max(float(original.get_submodule(f"{part}.{n}").weight.detach().abs().max()) for n in names)
+            for module in modules:
+                assert float(module.weight_fake_quant.global_scale) == pytest.approx(448 * 6 / amax)
+
+
+def test_disabled_it_trains_as_plain_linears_do_bit_for_bit():
+    """Ten optimizer steps, all parameters."""
+    plain, student = tiny(), tiny()
+    prepare(student, recipe(), MinMax(), LSQ(), train_embeddings=True)
+    set_phase(student, Phase.OFF)
+    for parametrized in [m for m in student.modules() if parametrize.is_parametrized(m)]:
+        parametrize.remove_parametrizations(parametrized, "weight", leave_parametrized=False)
+    for model in (plain, student):
+        trained = [p for n, p in model.named_parameters() if "_step" not in n]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(10):
+            ids = torch.randint(0, 256, (2, 16), generator=generator)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(student.get_parameter(name), parameter), name
+        assert not torch.equal(parameter, tiny().get_parameter(name)), name
 
 
 def test_a_weight_that_is_not_finite_is_named_before_training():

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from tiny import recipe, scheme, tiny
+from tiny_grids import OTHERS
 
-from qat.nn.estimators import LSQ, StraightThrough
+from qat.nn.estimators import LSQ, Clipped, EfficientQAT, LSQPlus, StraightThrough
 from qat.nn.observers.minmax import MinMax
-from qat.numerics.granularity import PerToken
+from qat.numerics.granularity import PerTensor, PerToken
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
-from qat.numerics.scheme import Scheme
+from qat.numerics.scheme import E8M0, Scheme
 from qat.ptq.rtn import rtn
 from qat.surgery.convert import apply
 from qat.surgery.prepare import prepare
@@ -19,6 +20,9 @@ from qat.surgery.start import start_from
 from qat.training.blockwise import blockwise, order
 
 BATCHES = list(torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(1)).split(4))
+SCHEMES = {"int3": scheme(3), "asymmetric": scheme(3, symmetric=False)} | {
+    name: OTHERS[name] for name in ("nvfp4", "mxfp4", "PerGroup(group_size=16)_nf4")
+}
 ALL = ("weights", "scales", "zeros", "norms")
 
 
@@ -37,14 +41,17 @@ def same(a, b):
     assert all(torch.equal(value, b.state[name]) for name, value in a.state.items())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_law_c_with_lr_0_from_a_minmax_start_it_is_rtn(symmetric):
-    model, rules = tiny(), recipe(3, symmetric=symmetric)
-    found, base = train(model, rules, lr=0.0, scale_lr=0.0), rtn(model, rules, [], observer=MinMax())
+@pytest.mark.parametrize("rule", SCHEMES.values(), ids=SCHEMES)
+def test_law_c_with_lr_0_from_a_minmax_start_it_is_rtn(rule):
+    model, rules = tiny(), Recipe({"linears": Rule(".*_proj", rule)})
+    estimator = Clipped() if rule.scale_dtype == E8M0 else EfficientQAT()
+    found = train(model, rules, lr=0.0, scale_lr=0.0, estimator=estimator)
+    base = rtn(model, rules, [], observer=MinMax())
     assert found.tensors.keys() == base.tensors.keys()
     for name, tensor in base.tensors.items():
         assert torch.equal(tensor.codes, found.tensors[name].codes)
         assert torch.equal(tensor.scale, found.tensors[name].scale)
+        assert not rule.two_level or torch.equal(tensor.global_scale, found.tensors[name].global_scale)
     assert all(torch.equal(value.float(), model.get_parameter(name)) for name, value in found.folded.items())
     assert all(row["loss"] == row["initial"] > 0 for row in found.layers)
 
@@ -95,21 +102,25 @@ def test_a_relative_error_weighs_every_token_alike():
     assert found.layers[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("train_only", [["weights"], ["scales"], ["norms"], ["round", "scales"], list(ALL)])
+@pytest.mark.parametrize(
+    "train_only", [["weights"], ["scales"], ["zeros"], ["norms"], ["round", "scales"], list(ALL)], ids=" ".join
+)
 def test_what_is_named_trains_and_nothing_else(train_only):
     model = tiny(layers=1)
-    found = train(model, train=train_only)
+    found = train(model, recipe(2, symmetric=False), train=train_only, estimator=EfficientQAT())
     name = "model.layers.0.mlp.up_proj"
     moved = {
         "weights": not torch.equal(found.state[f"{name}.weight"], model.get_parameter(f"{name}.weight")),
         "scales": bool(found.state[f"{name}.weight_fake_quant.log_step"].any()),
+        "zeros": bool(found.state[f"{name}.weight_fake_quant.zero_step"].any()),
         "norms": not torch.equal(
             found.folded["model.layers.0.input_layernorm.weight"].float(), model.model.layers[0].input_layernorm.weight
         ),
     }
-    expected = {"weights" if part == "round" else part for part in train_only} - {"zeros"}
+    expected = {"weights" if part == "round" else part for part in train_only}
     assert {part for part, yes in moved.items() if yes} == expected
-    assert found.layers[0]["loss"] < found.layers[0]["initial"]
+    if train_only != ["zeros"]:  # few steps, none of which takes a zero point to the next integer
+        assert found.layers[0]["loss"] < found.layers[0]["initial"]
 
 
 def test_rounding_moves_a_code_by_one_at_most_and_weights_further():
@@ -160,9 +171,9 @@ def test_the_order_of_batches_is_of_seed_block_and_epoch():
 def test_training_goes_on_from_it_with_nothing_lost():
     """Step 0 has exactly its codes, and the masters are those that it trained, not the centres of cells."""
     model, rules = tiny(), recipe(3, symmetric=False)
-    found = train(model, rules)
+    found = train(model, rules, estimator=EfficientQAT())
     student = tiny()
-    prepare(student, rules, MinMax(), LSQ())
+    prepare(student, rules, MinMax(), EfficientQAT())
     start_from(student, found)
     served = apply(model, found.tensors, found.folded)
     assert torch.equal(student(input_ids=BATCHES[0]).logits, served(input_ids=BATCHES[0]).logits)
@@ -172,15 +183,35 @@ def test_training_goes_on_from_it_with_nothing_lost():
     assert not torch.equal(state[f"{name}.weight"], found.tensors[name].dequantize(torch.float32))
 
 
-def test_quantized_inputs_are_what_later_blocks_see():
-    token = Scheme(IntGrid(4), PerToken(), dynamic=True)
-    rules = Recipe({"linears": Rule(".*_proj", scheme(), token)})
+INPUTS = {
+    "dynamic": Scheme(IntGrid(4), PerToken(), dynamic=True),
+    "static": Scheme(IntGrid(4), PerTensor(), symmetric=False),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_quantized_inputs_are_what_later_blocks_see(kind):
+    rules = Recipe({"linears": Rule(".*_proj", scheme(), INPUTS[kind])})
     model = tiny(layers=2)
     found = train(model, rules, lr=0.0, scale_lr=0.0, relative=False)
-    student = tiny(layers=2)
-    prepare(student, rules, MinMax(), LSQ())
-    error = _before_the_norm(student, torch.cat(BATCHES)) - _before_the_norm(model, torch.cat(BATCHES))
+    graph = apply(model, found.tensors, found.folded, recipe=rules)
+    error = _before_the_norm(graph, torch.cat(BATCHES)) - _before_the_norm(model, torch.cat(BATCHES))
     assert found.layers[1]["loss"] == pytest.approx(float(error.square().mean()), rel=1e-5)
+    assert ("model.layers.1.mlp.up_proj.input_zero_point" in found.folded) is (kind == "static")
+
+
+@pytest.mark.parametrize("estimator", [Clipped(), LSQPlus()])
+def test_static_ranges_of_inputs_are_calibrated_on_the_quantized_stream_trained_and_taken_over(estimator):
+    rules = Recipe({"linears": Rule(".*_proj", scheme(), Scheme(IntGrid(8), PerTensor(), symmetric=False))})
+    found = train(tiny(), rules, input_estimator=estimator)
+    assert all(row["loss"] < row["initial"] for row in found.layers)
+    student = tiny()
+    prepare(student, rules, MinMax(), LSQ(), input_estimator=estimator)
+    start_from(student, found)
+    served = apply(tiny(), found.tensors, found.folded, recipe=rules)
+    assert torch.equal(student(input_ids=BATCHES[0]).logits, served(input_ids=BATCHES[0]).logits)
+    step = found.state["model.layers.1.mlp.up_proj.input_fake_quant.log_step"]
+    assert bool(step.any()) is estimator.learns_scale
 
 
 def test_a_loss_that_is_not_finite_names_the_block_and_keeps_those_before_it(tmp_path):
@@ -205,8 +236,8 @@ def test_divergence_names_the_block_and_the_step(tmp_path):
         ({"train": []}, "train is empty"),
         ({"train": ["weights", "round"]}, "both weights and round"),
         ({"train": ["bias"]}, "train=bias; it takes weights, round"),
-        ({"estimator": StraightThrough()}, "train has scales, but StraightThrough learns none"),
-        ({"train": ["zeros"]}, "have nothing; add scales"),
+        ({"train": ["zeros"]}, "have nothing; add weights"),
+        ({"train": ["scales"], "estimator": StraightThrough()}, "have nothing; add weights"),
         ({"epochs": 0}, "epochs=0; use 1 or more"),
         ({"batch_size": 0}, "batch_size=0; use 1 or more"),
         ({"lr": float("nan")}, "lr=nan; a finite number"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qat.kernels.fake_quant import fake_quantize
-from qat.nn.observers.base import Observer
+from qat.nn.observers.base import Observer, Range
 from qat.numerics.affine import qparams, ranges
 from qat.numerics.scheme import Scheme
 
@@ -17,7 +17,8 @@ class MSE(Observer):
 
     Factors run evenly from 1 down to `smallest`, both included, and the error of a group is sum |Q(x) - x|**norm with
     the scale already rounded to its stored dtype. GPTQ's own search (`mse=True`) has 80 points, 0.2 and norm 2.4. A
-    range is searched on the whole tensor at once and held to rows of at most `ROWS`, so that memory stays flat.
+    range is searched on the whole tensor at once and held to rows of at most `ROWS`, so that memory stays flat. Ranges
+    of several batches of activations are averaged.
 
     Raises:
         ValueError: `points` below 1, or `smallest` or `norm` out of their range.
@@ -28,6 +29,7 @@ class MSE(Observer):
     norm: float = 2.0
 
     ROWS = 4096
+    averages = True
 
     def __post_init__(self) -> None:
         if self.points < 1:
@@ -37,23 +39,21 @@ class MSE(Observer):
         if not self.norm > 0:
             raise ValueError(f"norm={self.norm}: a positive exponent")
 
-    def observe(self, x: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def observe(self, x: Tensor, scheme: Scheme, dtype: torch.dtype, g: Tensor | None = None) -> Range:
         """Range of every group of `x`."""
         shape = scheme.granularity.scale_shape(tuple(x.shape))
         if x.dim() == 2 and shape[0] == x.shape[0] > self.ROWS:  # rows are independent of each other
-            parts = [self._search(rows, scheme, dtype) for rows in x.split(self.ROWS)]
+            parts = [self._search(rows, scheme, dtype, g) for rows in x.split(self.ROWS)]
             return torch.cat([lo for lo, _ in parts]), torch.cat([hi for _, hi in parts])
-        return self._search(x, scheme, dtype)
+        return self._search(x, scheme, dtype, g)
 
-    def _search(self, x: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _search(self, x: Tensor, scheme: Scheme, dtype: torch.dtype, g: Tensor | None) -> Range:
         lo, hi = ranges(x, scheme)
         best_lo, best_hi, best = lo.clone(), hi.clone(), torch.full_like(lo, torch.inf)
         for i in range(self.points):
             factor = 1 - (1 - self.smallest) * i / max(self.points - 1, 1)
-            scale, zero_point = qparams(lo * factor, hi * factor, scheme, dtype)
-            rounded, _ = fake_quantize(
-                x, scale, None, zero_point, scheme.grid.qmin, scheme.grid.qmax, scale.dtype, torch.float32
-            )
+            scale, zero_point = qparams(lo * factor, hi * factor, scheme, dtype, g)
+            rounded, _ = fake_quantize(x, scale, scheme.grid, torch.float32, zero_point=zero_point, global_scale=g)
             difference = rounded.sub_(x).reshape(*scale.shape, -1)
             error = (difference.square_() if self.norm == 2 else difference.abs_().pow_(self.norm)).sum(-1)
             better = error < best

@@ -6,7 +6,7 @@ from qat.numerics.affine import qparams
 
 
 class Fixed(Observer):
-    def observe(self, x, scheme, dtype):
+    def observe(self, x, scheme, dtype, g=None):
         shape = scheme.granularity.scale_shape(tuple(x.shape))
         return torch.full(shape, -1.0), torch.full(shape, 3.0)
 

@@ -1,0 +1,85 @@
+"""Static ranges of inputs: from every batch, of unquantized activations, and the same in the graph that is judged."""
+
+import pytest
+import torch
+from tiny import scheme, tiny
+
+from qat.nn.estimators import LSQ, Clipped
+from qat.nn.fake_quantize import Phase
+from qat.nn.observers.minmax import MinMax
+from qat.numerics.granularity import PerTensor, PerToken
+from qat.numerics.grid import IntGrid
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme
+from qat.surgery.calibrate import calibrate, needing
+from qat.surgery.convert import apply, convert
+from qat.surgery.prepare import prepare
+
+STATIC = Scheme(IntGrid(8), PerTensor(), symmetric=False)
+TOKEN = Scheme(IntGrid(8), PerToken(), dynamic=True)
+BATCHES = [torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+def recipe(input):
+    return Recipe({"a": Rule(".*_proj", scheme(), input)})
+
+
+def prepared(input, estimator=None):
+    student = tiny()
+    prepare(student, recipe(input), MinMax(), LSQ(), input_estimator=estimator)
+    return student
+
+
+def test_ranges_are_those_of_all_batches_before_any_input_is_rounded():
+    student = prepared(STATIC)
+    plain, heard = prepared(None), {}  # the same weights: without input schemes they compute what calibration sees
+    for name, linear in plain.named_modules():
+        if name.endswith("_proj"):
+            heard[name] = []
+            linear.register_forward_pre_hook(lambda _, args, name=name: heard[name].append(args[0].detach()))
+    with torch.no_grad():
+        for batch in BATCHES:
+            plain(input_ids=batch)
+    assert calibrate(student, BATCHES) == 14
+    for name, module in needing(student).items():
+        seen = torch.cat([x.flatten() for x in heard[name.removesuffix(".input_fake_quant")]])
+        assert float(module.low) == float(seen.min())
+        assert float(module.high) == float(seen.max())
+        assert module.phase is Phase.LEARN
+        assert module.strength == 1.0
+
+
+def test_the_judged_graph_computes_what_the_prepared_one_does():
+    for input in (STATIC, TOKEN):
+        student = prepared(input)
+        calibrate(student, BATCHES)
+        tensors, folded = convert(student)
+        assert len([name for name in folded if "_proj.input_" in name]) == (28 if input is STATIC else 0)
+        graph = apply(tiny(), tensors, folded, recipe=recipe(input))
+        expected = student.eval()(input_ids=BATCHES[0]).logits
+        assert torch.equal(graph(input_ids=BATCHES[0]).logits, expected)
+        plain = apply(tiny(), tensors, folded)
+        assert not torch.equal(plain(input_ids=BATCHES[0]).logits, expected)
+
+
+def test_learned_input_scales_are_what_is_stored():
+    student = prepared(STATIC, LSQ())
+    calibrate(student, BATCHES)
+    student.train()(input_ids=BATCHES[0]).logits.square().mean().backward()
+    quant = student.model.layers[0].mlp.down_proj.input_fake_quant
+    assert float(quant.log_step.grad.abs().sum()) > 0
+    with torch.no_grad():
+        quant.log_step.fill_(0.5)
+    _, folded = convert(student)
+    name = "model.layers.0.mlp.down_proj.input_scale"
+    assert torch.equal(folded[name], (quant.scale.float() * torch.tensor(0.5).exp()).bfloat16())
+
+
+def test_dynamic_ranges_need_none():
+    assert calibrate(prepared(TOKEN), BATCHES) == 0
+    assert calibrate(prepared(None), BATCHES) == 0
+
+
+def test_without_batches_the_module_is_named():
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.input_fake_quant: no batch"):
+        calibrate(prepared(STATIC, Clipped()), [])
