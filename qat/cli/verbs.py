@@ -113,6 +113,14 @@ VERBS = {
             usage="RUN... [--json] [--md]",
         ),
         Verb(
+            "generate",
+            "training text from the full-precision model itself",
+            "Samples text with our own engine, drops duplicates and loops, and writes a directory of tokens for\n"
+            "data.path=. The same command goes on with one that was interrupted.",
+            ("qat generate out=generated", "qat generate out=generated tokens=10000000 sequences=4096 seed=1"),
+            "generate",
+        ),
+        Verb(
             "configs",
             "list, show, copy or check configs",
             "`ls [group]` lists groups and options, `show [verb] [key=value ...]` prints a composed config,\n"

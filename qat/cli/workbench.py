@@ -150,6 +150,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
         tokenizer,
         hf.cache_dir() / "tokens",
         config["data"]["path"],
+        config["data"]["extra"],
     )
     if config["format"]["name"] != "none":
         check_servable(model, tokenizer, config)

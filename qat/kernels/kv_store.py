@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def kv_store(k_THD: Tensor, v_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Writes each token's key and value at its slot; a slot of -1 is not written.
+    """Writes each token's key and value at its slot. Never waits for the device.
 
     Args:
         k_THD: Keys after the rotation, `[T, kv_heads, head_dim]`.
@@ -16,9 +16,6 @@ def kv_store(k_THD: Tensor, v_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slo
         v_cache: Written in place.
         slots: int64 `[T]`, no slot twice.
     """
-    if bool((slots < 0).any()):
-        kept = slots >= 0
-        k_THD, v_THD, slots = k_THD[kept], v_THD[kept], slots[kept]
     block_size = k_cache.shape[2]
     block, offset = slots // block_size, slots % block_size
     k_cache[block, :, offset] = k_THD.to(k_cache.dtype)

@@ -17,6 +17,7 @@ def test_every_word_is_there():
         "serve",
         "chat",
         "compare",
+        "generate",
         "configs",
         "env",
     ]

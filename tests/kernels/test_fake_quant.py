@@ -154,3 +154,25 @@ def test_a_watcher_sees_eager_and_compiled_calls():
 @pytest.mark.parametrize("grid", [IntGrid(3), FloatGrid("e4m3"), FloatGrid("e2m1"), Codebook("nf4")], ids=str)
 def test_a_grid_comes_back_from_its_name(grid):
     assert grid_of(str(grid)) == grid
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_rounds_as_a_cpu_does_eager_and_compiled(dtype):
+    """Every grid, a thousand seeds, learned steps included: exp is the one function that may differ, so it is given."""
+    x = thousand_seeds()
+    integers = {
+        f"int{b}{'' if s else '_asym'}": Scheme(IntGrid(b), PerGroup(16), s) for b in (2, 3, 4, 8) for s in (1, 0)
+    }
+    for name, s in {**OTHERS, **integers}.items():
+        g = divisor((x,), s)
+        _, scale, zero = rtn(x, s, torch.bfloat16, g)
+        expected = op(x, scale, zero, s.grid, dtype, g=g)
+        parts = [None if t is None else t.cuda() for t in (x, scale, zero, g)]
+        assert torch.equal(bits(op(*parts[:3], s.grid, dtype, g=parts[3])).cpu(), bits(expected)), name
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda *p, s=s: op(*p[:3], s.grid, dtype, g=p[3]))
+        assert torch.equal(bits(compiled(*parts)).cpu(), bits(expected)), f"{name}, compiled"
+        found = [t if t is None else t.cpu() for t in rtn(parts[0], s, torch.bfloat16, parts[3])]
+        for ours, theirs in zip(rtn(x, s, torch.bfloat16, g), found, strict=True):
+            assert ours is None or torch.equal(ours.float(), theirs.float()), name

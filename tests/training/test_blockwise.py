@@ -202,7 +202,7 @@ def test_quantized_inputs_are_what_later_blocks_see(kind):
 
 @pytest.mark.parametrize("estimator", [Clipped(), LSQPlus()])
 def test_static_ranges_of_inputs_are_calibrated_on_the_quantized_stream_trained_and_taken_over(estimator):
-    rules = Recipe({"linears": Rule(".*_proj", scheme(), Scheme(IntGrid(8), PerTensor(), symmetric=False))})
+    rules = Recipe({"linears": Rule(".*_proj", scheme(3), Scheme(IntGrid(8), PerTensor(), symmetric=False))})
     found = train(tiny(), rules, input_estimator=estimator)
     assert all(row["loss"] < row["initial"] for row in found.layers)
     student = tiny()
