@@ -161,7 +161,7 @@ def train_block(block: Block, recipe: Recipe, config: PretrainedConfig, how: Blo
     prepare(student, recipe, how.observer, how.estimator, how.dtype, False, *inputs)
     with calibrating(student) as count:
         for index in range(len(block.inputs) if count else 0):
-            block.output(index, module)
+            _output(block, module, index)
     _select(student, how.train)
     initial = _mean_loss(block, module, how.relative)
     with torch.enable_grad():
@@ -228,13 +228,17 @@ def order(seed: int, block: str, epoch: int, batches: int) -> list[int]:
     return torch.randperm(batches, generator=generator).tolist()
 
 
-def _loss(block: Block, module: nn.Module, index: int, relative: bool) -> Tensor:
-    """Mean squared error of one batch, in fp32; the block runs in bf16 where the model does."""
-    target = block.targets[index]
+def _output(block: Block, module: nn.Module, index: int) -> Tensor:
+    """What a student makes of one batch; it runs in bf16 where the model does."""
     device = next(module.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
-        output = block.output(index, module)
-    wanted = target.to(output.device).float()
+    with torch.autocast(device, torch.bfloat16, enabled=block.inputs[index].dtype == torch.bfloat16):
+        return block.output(index, module)
+
+
+def _loss(block: Block, module: nn.Module, index: int, relative: bool) -> Tensor:
+    """Mean squared error of one batch, in fp32."""
+    output = _output(block, module, index)
+    wanted = block.targets[index].to(output.device).float()
     error = (output.float() - wanted).square().mean(-1)
     if relative:
         error = error / (wanted.square().mean(-1) + torch.finfo(torch.float32).eps)

@@ -23,6 +23,10 @@ BATCHES = list(torch.randint(0, 256, (8, 16), generator=torch.Generator().manual
 SCHEMES = {"int3": scheme(3), "asymmetric": scheme(3, symmetric=False)} | {
     name: OTHERS[name] for name in ("nvfp4", "mxfp4", "PerGroup(group_size=16)_nf4")
 }
+INPUTS = {
+    "dynamic": Scheme(IntGrid(4), PerToken(), dynamic=True),
+    "static": Scheme(IntGrid(4), PerTensor(), symmetric=False),
+}
 ALL = ("weights", "scales", "zeros", "norms")
 
 
@@ -91,6 +95,22 @@ def _before_the_norm(model, ids):
         model(input_ids=ids)
     handle.remove()
     return seen[0]
+
+
+@pytest.mark.parametrize("lr", [0.0, 4e-3])
+def test_a_bf16_model_trains_in_bf16_on_fp32_masters(lr):
+    """As on a GPU: parameters and streams in bf16, autocast, and what propagates is what is judged."""
+    model, rules = tiny().bfloat16(), Recipe({"linears": Rule(".*_proj", scheme(3), INPUTS["static"])})
+    found = train(model, rules, lr=lr, scale_lr=lr, relative=False)
+    assert {value.dtype for name, value in found.state.items() if name.endswith("_proj.weight")} == {torch.float32}
+    graph = apply(model, found.tensors, found.folded, recipe=rules)
+    error = _before_the_norm(graph, torch.cat(BATCHES)) - _before_the_norm(model, torch.cat(BATCHES))
+    assert found.layers[1]["loss"] == pytest.approx(float(error.float().square().mean()), rel=0.1)
+    if lr:
+        assert all(row["loss"] < row["initial"] for row in found.layers)
+    else:
+        base = rtn(model, rules, [], observer=MinMax()).tensors
+        assert all(torch.equal(tensor.codes, base[name].codes) for name, tensor in found.tensors.items())
 
 
 def test_a_relative_error_weighs_every_token_alike():
@@ -181,12 +201,6 @@ def test_training_goes_on_from_it_with_nothing_lost():
     assert all(torch.equal(value, state[name]) for name, value in found.state.items())
     name = "model.layers.1.mlp.up_proj"
     assert not torch.equal(state[f"{name}.weight"], found.tensors[name].dequantize(torch.float32))
-
-
-INPUTS = {
-    "dynamic": Scheme(IntGrid(4), PerToken(), dynamic=True),
-    "static": Scheme(IntGrid(4), PerTensor(), symmetric=False),
-}
 
 
 @pytest.mark.parametrize("kind", INPUTS)
