@@ -68,7 +68,7 @@ def _fake_quantize(
         values = torch.lerp(group(x.float(), scale), values, strength)
     result = values.to(dtype).reshape(x.shape)
     if _watcher is not None:
-        _watcher(x, result)
+        _watcher(scale, result)
     return result, s
 
 
@@ -101,7 +101,10 @@ def fake_quantize(
 
 @contextmanager
 def watch(watcher: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """While open, `watcher(x, result)` sees every fake-quantization as it really ran, compiled or not.
+    """While open, `watcher(scale, result)` sees every fake-quantization as it really ran, compiled or not.
+
+    `scale` tells which one it is: the observed part is a buffer that stays where it is, while x may be a sum made for
+    the occasion.
 
     A module hook would not do: a compiled graph does not call hooks that were added after its compilation.
     """

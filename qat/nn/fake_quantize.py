@@ -156,6 +156,10 @@ class FakeQuantize(nn.Module):
             return self._kept[dtype]
         return self._quantize(x, dtype)
 
+    def held(self, dtype: torch.dtype) -> Tensor | None:
+        """What `kept` holds in a dtype already."""
+        return None if self._kept is None else self._kept.get(dtype)
+
     def _quantize(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if self.phase is Phase.OBSERVE and self._watches():
             self.observe(x)

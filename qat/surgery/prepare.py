@@ -10,6 +10,7 @@ from qat.models.families import STRUCTURES
 from qat.nn.estimators import SEQ, Clipped, Estimator, LSQPlus
 from qat.nn.fake_quantize import FakeQuantize, Phase
 from qat.nn.linear import QATLinear
+from qat.nn.lora import LowRank
 from qat.nn.observers.base import Observer
 from qat.nn.observers.minmax import MinMax
 from qat.numerics.grid import Codebook
@@ -194,7 +195,7 @@ def _freeze_embeddings(model: nn.Module, train: bool) -> None:
 
 def _round_unquantized(model: nn.Module, storage: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
-        if isinstance(module, FakeQuantize):
+        if isinstance(module, FakeQuantize | LowRank):
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):
             quantized = isinstance(module, QATLinear) and key == "weight"

@@ -33,14 +33,14 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
     linears = fake_quants(student)
     if module.schedule.phase(module.steps, module.learns_scale) is Phase.OBSERVE:  # scales still follow the weights
         for linear in linears.values():
-            linear.weight_fake_quant.observe(linear.weight)
+            linear.weight_fake_quant.observe(linear.master())
     set_phase(student, Phase.LEARN if module.learns_scale else Phase.FROZEN)
     tensors, folded = convert(student)
-    names = {linear.weight.data_ptr(): name for name, linear in linears.items()}
+    names = {linear.weight_fake_quant.scale.data_ptr(): name for name, linear in linears.items()}
     seen: dict[str, torch.dtype] = {}
 
-    def compare(master: Tensor, result: Tensor) -> None:
-        name = names.get(master.data_ptr())
+    def compare(scale: Tensor, result: Tensor) -> None:
+        name = names.get(scale.data_ptr())
         if name is None:
             return  # an activation
         expected = tensors[name].dequantize(result.dtype)

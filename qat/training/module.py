@@ -9,6 +9,7 @@ from torchmetrics import SumMetric
 from transformers import PreTrainedModel
 
 from qat.nn.fake_quantize import FakeQuantize, Phase
+from qat.nn.lora import checksum, frozen
 from qat.surgery.prepare import set_phase
 from qat.training.chunked import chunked_loss
 from qat.training.finite import first_not_finite
@@ -155,18 +156,30 @@ class QATModule(pl.LightningModule):
         self.log_dict({"val/nll": nll, "val/ppl": nll.exp()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning leaves out: the random state and the phase."""
+        """Adds what Lightning leaves out: the random state and the phase.
+
+        With adapters it removes what they leave alone: a run makes that anew from the model it began with.
+        """
+        if left := frozen(self.student):
+            for name in left:
+                del checkpoint["state_dict"][f"student.{name}"]
+            checkpoint["qat_frozen"] = {name: checksum(value) for name, value in left.items()}
         checkpoint["qat_rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["qat_rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint["qat_phase"] = self.schedule.phase(self.global_step, self.learns_scale).value
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the random state, and refuses a checkpoint from another schedule."""
+        """Takes the random state and the frozen tensors, and refuses another schedule's or another model's checkpoint."""
         self._rng = checkpoint["qat_rng"]
         phase = self.schedule.phase(checkpoint["global_step"], self.learns_scale).value
         if checkpoint["qat_phase"] != phase:
             raise ValueError(f"the checkpoint is in phase {checkpoint['qat_phase']}, the schedule says {phase}")
+        left = frozen(self.student)
+        for name, value in left.items():
+            if checkpoint["qat_frozen"].get(name) != checksum(value):
+                raise ValueError(f"{name}: the checkpoint's adapters were trained beside another tensor; use resume=never")
+        checkpoint["state_dict"] |= {f"student.{name}": value.detach() for name, value in left.items()}
 
     def _first_bad(self, batch: Tensor) -> str:
         """Where numbers went wrong first: a parameter, or else a module of the student, or else one of the teacher."""
