@@ -1,17 +1,18 @@
 """LowRank: W + s B A, of which A and B train, as one opaque operator in full fp32.
 
-LoRA (arXiv:2106.09685, equation 3) has h = W x + s B A x with s = alpha / r (section 4.1). Others train FQ(W) x + s B A x
-and ship Q(W + s B A), which rounds what was never rounded in training. Here the sum is what is fake-quantized,
-FQ(W + s B A) x, so that merging is the identity: `convert` takes the codes of the same sum, computed by the same operator
-from the same tensors. Autocast and TF32 are off inside it, and inductor does not look into it: no product of two matrices
-is rounded twice in the same way unless it is the same call. There is no dropout: what is dropped would not be served.
+LoRA (arXiv:2106.09685, equation 3) has h = W x + s B A x with s = alpha / r (section 4.1). Others train FQ(W) x + s B
+A x and ship Q(W + s B A), which rounds what training never rounded. Here the sum is fake-quantized, FQ(W + s B A) x,
+so that merging is the identity: `convert` takes the codes of the same sum, made by the same operator of the same
+tensors. Inside it autocast and TF32 are off, and inductor does not look into it: a product of matrices that is
+computed in another way is rounded in another way, and codes would move. There is no dropout: what is dropped would not
+be served.
 
 A starts Kaiming-uniform as in the authors' code (the paper says Gaussian), B at 0: step 0 is that of plain QAT.
 
-Cost for a linear `[O, I]`: 2 O I r flops for each forward, again in backward, where the sum is computed anew rather than
+Cost for a linear `[O, I]`: 2 O I r flops for each forward, again in backward, where the sum is made anew rather than
 kept (it would be 4 bytes for each weight of the model), and 4 O I r flops for the gradients of A and B; none of them
-grows with the number of tokens. Optimizer states and gradients are those of r (O + I) parameters instead of O I; W
-itself stays in memory in fp32.
+grows with the number of tokens. Gradients and optimizer states are those of r (O + I) numbers instead of O I; W itself
+stays in memory in fp32.
 """
 
 import math
@@ -68,7 +69,7 @@ def _add_low_rank(weight: Tensor, b: Tensor, a: Tensor, scaling: float) -> Tenso
 
 
 @_add_low_rank.register_fake
-def _(weight, b, a, scaling):  # type: ignore[no-untyped-def]
+def _(weight, b, a, scaling):
     return torch.empty_like(weight)
 
 

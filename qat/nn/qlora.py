@@ -4,18 +4,19 @@ QLoRA (arXiv:2305.14314, equation 5), in a compute dtype D (autocast's, else fp3
 
     y = x W_D^T + s (dropout(x) A^T) B^T + b,    W_D = round_D(levels[codes] * scale)
 
-The base is round-to-nearest on the paper's NF4 levels, absmax for each group, codes packed eight to a word, scales in the
-storage dtype: 4.25 bits for each weight with bf16 scales and groups of 64. Left out are the double quantization of the
-scales (it would save 0.12 bits more) and paged optimizer states. W_D is dequantized for each forward and again for each
-backward, never kept.
+The base is round-to-nearest on the paper's NF4 levels, absmax for each group, codes packed eight to a word, scales in
+the storage dtype: 4.25 bits for each weight with bf16 scales and groups of 64. Left out are the double quantization of
+the scales (it would save 0.12 bits more) and paged optimizer states. W_D is dequantized for each forward and again for
+each backward, never kept.
 
-Merging gives W' = round_storage(W + s B A), W = W_fp32, summed in fp32: an unquantized matrix. It is not what was trained
-bit for bit. With u half the storage dtype's distance from 1 to the next number (2^-8 for bf16, 2^-24 for fp32),
+Merging gives W' = round_storage(W + s B A), W = W_fp32, summed in fp32: an unquantized matrix. It is not what was
+trained bit for bit. With u half the storage dtype's distance from 1 to the next number (2^-8 for bf16, 2^-24 for
+fp32),
 
     |W' - (W + s B A)| <= u |W + s B A|,    |y' - y| <= u |x| |W + s B A|^T + rounding of D's products
 
-elementwise, and where W' is quantized afterwards every weight moves by up to half a step again (`tests/nn/test_qlora.py`).
-LoRA-QAT (`lora.py`) has 0 in both places.
+elementwise, and where W' is quantized afterwards every weight moves by up to half a step again
+(`tests/nn/test_qlora.py`). LoRA-QAT (`lora.py`) has 0 in both places.
 """
 
 from typing import Any
@@ -91,7 +92,7 @@ def _dequantize(words: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) 
 
 
 @_dequantize.register_fake
-def _(words, scale, columns, dtype):  # type: ignore[no-untyped-def]
+def _(words, scale, columns, dtype):
     return words.new_empty(words.shape[0], columns, dtype=dtype)
 
 

@@ -26,7 +26,7 @@ def add_lora(student: nn.Module, adapter: LoRA) -> None:
     _freeze(student, adapter.norms)
     generator = torch.Generator().manual_seed(adapter.seed)
     for linear in fake_quants(student).values():
-        linear.adapter = LowRank(*linear.weight.shape, adapter.rank, adapter.alpha, generator, linear.weight.device)
+        linear.adapter = _low_rank(linear, adapter, generator)
 
 
 def prepare_qlora(
@@ -54,7 +54,7 @@ def prepare_qlora(
     for name in plan.quantized:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        thin = LowRank(*linear.weight.shape, adapter.rank, adapter.alpha, generator, linear.weight.device)
+        thin = _low_rank(linear, adapter, generator)
         try:
             replaced = QLoRALinear(linear, thin, adapter.group_size, adapter.dropout, storage)
         except ValueError as error:
@@ -87,6 +87,11 @@ def merge(model: nn.Module, storage: torch.dtype = torch.bfloat16) -> Folded:
                 raise ValueError(f"{name}.weight: not finite; training has diverged, lower the learning rate")
             folded[f"{name}.weight"] = value
     return folded
+
+
+def _low_rank(linear: nn.Linear, adapter: LoRA | QLoRA, generator: torch.Generator) -> LowRank:
+    size, device = (linear.out_features, linear.in_features), linear.weight.device
+    return LowRank(*size, adapter.rank, adapter.alpha, generator, device)
 
 
 def _freeze(model: nn.Module, norms: bool) -> None:

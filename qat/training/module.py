@@ -170,7 +170,7 @@ class QATModule(pl.LightningModule):
         checkpoint["qat_phase"] = self.schedule.phase(self.global_step, self.learns_scale).value
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the random state and the frozen tensors, and refuses another schedule's or another model's checkpoint."""
+        """Takes the random state and the frozen tensors; refuses another schedule's checkpoint, or another model's."""
         self._rng = checkpoint["qat_rng"]
         phase = self.schedule.phase(checkpoint["global_step"], self.learns_scale).value
         if checkpoint["qat_phase"] != phase:
@@ -178,7 +178,9 @@ class QATModule(pl.LightningModule):
         left = frozen(self.student)
         for name, value in left.items():
             if checkpoint["qat_frozen"].get(name) != checksum(value):
-                raise ValueError(f"{name}: the checkpoint's adapters were trained beside another tensor; use resume=never")
+                raise ValueError(
+                    f"{name}: the checkpoint's adapters were trained beside another tensor; use resume=never"
+                )
         checkpoint["state_dict"] |= {f"student.{name}": value.detach() for name, value in left.items()}
 
     def _first_bad(self, batch: Tensor) -> str:
