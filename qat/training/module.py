@@ -177,7 +177,7 @@ class QATModule(pl.LightningModule):
             raise ValueError(f"the checkpoint is in phase {checkpoint['qat_phase']}, the schedule says {phase}")
         left = frozen(self.student)
         for name, value in left.items():
-            if checkpoint["qat_frozen"].get(name) != checksum(value):
+            if checkpoint.get("qat_frozen", {}).get(name) != checksum(value):
                 raise ValueError(
                     f"{name}: the checkpoint's adapters were trained beside another tensor; use resume=never"
                 )
