@@ -65,7 +65,7 @@ def export_lines(export: Mapping[str, Any]) -> list[str]:
 
     if export["path"] is None:
         captured = export.get("captured")
-        known = captured if isinstance(captured, str) else "the codes are those that training saw"
+        known = f"weights {captured}" if isinstance(captured, str) else "the codes are those that training saw"
         return [f"not exported (format=none), so nothing is proved of a file; {known}"]
     lines = [
         f"train == serve: {'VERIFIED' if export['verified'] else 'NOT VERIFIED'}",

@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from qat.cli.main import main
+
 
 @pytest.fixture(scope="module")
 def trained(finish):
@@ -27,3 +29,48 @@ def test_cross_entropy_alone_needs_no_teacher_and_recovers_against_no_distilled_
     summary = json.loads((run.path / "summary.json").read_text())
     assert summary["export"]["verified"]
     assert "recovered" not in summary  # it would be judged against a fine-tuned model, and there is none
+
+
+def summary(run):
+    return json.loads((run.path / "summary.json").read_text())
+
+
+def test_lora_is_verified_and_its_weights_are_those_that_training_captured(finish):
+    run = finish("train", "adapter=lora", "adapter.rank=2", "optim.lr=0.01")
+    assert summary(run)["export"]["verified"]
+    certificate = json.loads((run.path / "export" / "compressed_tensors" / "verify.json").read_text())
+    assert certificate["checks"]["captured"] == {"modules": 7, "equal": 7, "dtype": "float32", "passed": True}
+    matrices = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64), "gate": (128, 64), "up": (128, 64)}
+    sizes = [*matrices.values(), (64, 128)]
+    assert summary(run)["cost"]["trained_parameters"] == sum(2 * (o + i) + o * i // 32 for o, i in sizes)
+    assert "adapter lora" in run.out
+
+
+QLORA = ("adapter=qlora", "adapter.rank=2", "adapter.group_size=32")
+
+
+@pytest.fixture(scope="module")
+def merged(finish):
+    return finish("train", *QLORA, "format=none")
+
+
+def test_qlora_merges_to_an_unquantized_arm(merged):
+    found = summary(merged)
+    assert found["arms"]["qat"]["bits_per_weight"] == found["arms"]["qat"]["bits_per_quantized_weight"] == 16
+    assert found["arms"]["qat"]["bytes"] == found["arms"]["fp"]["bytes"]
+    assert found["arms"]["qat"]["kl"] > 0
+    assert found["export"]["path"] is None
+    assert "not applicable" in found["export"]["captured"]
+
+
+def test_a_method_quantizes_what_qlora_merged_and_the_export_is_verified(finish):
+    run = finish("train", *QLORA, "method@adapter.then=gptq")
+    assert summary(run)["export"]["verified"]
+    assert summary(run)["arms"]["qat"]["bits_per_quantized_weight"] == 4.5
+    assert (run.path / "checkpoints" / "adapter_then").is_dir()
+
+
+def test_without_a_tensor_to_pack_nothing_is_exported(merged, capsys):
+    assert main(["export", f"runs={merged.runs}", f"out={merged.runs / 'out'}"]) == 1
+    assert "nothing is quantized; train with +method@adapter.then=gptq" in capsys.readouterr().err
+    assert not (merged.runs / "out").exists()

@@ -4,8 +4,11 @@ import pytest
 import torch
 from tiny import recipe, tiny
 
+from qat.nn.adapter import LoRA
 from qat.nn.estimators import LSQ, StraightThrough
+from qat.nn.lora import LowRank
 from qat.nn.observers.minmax import MinMax
+from qat.surgery.adapt import add_lora
 from qat.surgery.convert import apply, convert
 from qat.surgery.prepare import fake_quants, prepare
 from qat.training.certify import certify
@@ -14,13 +17,16 @@ from qat.training.module import QATModule
 from qat.training.optim import Optim
 from qat.training.phases import PhaseSchedule
 
+ADAPTER = LoRA(rank=4, alpha=8.0)
 PROMPTS = [torch.tensor([[5, 9, 200]]), torch.tensor([[7, 7]])]
 
 
-def module(symmetric=True, schedule=None, estimator=None, **kwargs):
-    student = tiny()
-    student.model.layers[1].mlp.up_proj.weight.data.div_(64)  # an ulp of its scales is below 1e-3
+def module(symmetric=True, schedule=None, estimator=None, adapter=None, layers=2, **kwargs):
+    student = tiny(layers)
+    student.model.layers[-1].mlp.up_proj.weight.data.div_(64)  # an ulp of its scales is below 1e-3
     prepare(student, recipe(3, symmetric=symmetric), MinMax(), estimator or LSQ())
+    if adapter is not None:
+        add_lora(student, adapter)
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
@@ -29,21 +35,23 @@ def module(symmetric=True, schedule=None, estimator=None, **kwargs):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["plain", "lora"])
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "bfloat16")])
-def test_every_weight_is_seen_and_equal(symmetric, precision, dtype):
-    trained = module(symmetric)
+def test_every_weight_is_seen_and_equal(symmetric, adapter, precision, dtype):
+    trained = module(symmetric, adapter=adapter)
     tensors, folded, captured = certify(trained, PROMPTS, precision)
     assert captured == {"modules": 14, "equal": 14, "dtype": dtype}
     served = apply(tiny(), tensors, folded)
     assert torch.equal(served(input_ids=PROMPTS[0]).logits, trained.student(input_ids=PROMPTS[0]).logits)
 
 
-def test_a_compiled_graph_is_watched_too():
-    trained = module()
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["plain", "lora"])
+def test_a_compiled_graph_is_watched_too(adapter):
+    trained = module(adapter=adapter, layers=1)
     trained.split._decoder = torch.compile(trained.student.base_model, backend="aot_eager")
     trained.student.train()
     trained.forward_student(PROMPTS[0])  # compiled before anybody watches
-    assert certify(trained, PROMPTS, "32-true")[2]["equal"] == 14
+    assert certify(trained, PROMPTS, "32-true")[2]["equal"] == 7
     torch._dynamo.reset()
 
 
@@ -61,6 +69,24 @@ def test_training_with_other_weights_is_found(monkeypatch):
         certify(trained, PROMPTS, "32-true")
 
 
+@pytest.mark.parametrize("way", ["not merged", "in bf16"])
+def test_adapters_merged_in_another_way_are_found(monkeypatch, way):
+    """As others do it: the adapter left beside the rounded weight, or merged in the dtype of the matmul."""
+    trained = module(adapter=ADAPTER)
+
+    def merged(self, weight):
+        return weight + self.scaling * (self.B.bfloat16() @ self.A.bfloat16()).float() * (way == "in bf16")
+
+    def forged(student):
+        with monkeypatch.context() as patch:
+            patch.setattr(LowRank, "merged", merged)
+            return convert(student)
+
+    monkeypatch.setattr("qat.training.certify.convert", forged)
+    with pytest.raises(AssertionError, match=r"_proj: training computed with other weights"):
+        certify(trained, PROMPTS, "bf16-mixed")
+
+
 def test_a_linear_that_training_bypasses_is_found():
     trained = module()
     block = trained.student.model.layers[0].mlp
@@ -69,12 +95,13 @@ def test_a_linear_that_training_bypasses_is_found():
         certify(trained, PROMPTS, "32-true")
 
 
-def test_scales_that_still_follow_are_taken_from_the_final_weights():
-    trained = module(schedule=PhaseSchedule(0, 100), estimator=StraightThrough())
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["plain", "lora"])
+def test_scales_that_still_follow_are_taken_from_the_final_weights(adapter):
+    trained = module(schedule=PhaseSchedule(0, 100), estimator=StraightThrough(), adapter=adapter)
     tensors, _, captured = certify(trained, PROMPTS, "32-true")
     assert captured["equal"] == 14
     for name, linear in fake_quants(trained.student).items():
-        _, scale = linear.weight, MinMax().qparams(linear.weight, tensors[name].scheme, torch.bfloat16)[0]
+        scale = MinMax().qparams(linear.master(), tensors[name].scheme, torch.bfloat16)[0]
         assert torch.equal(tensors[name].scale, scale)
 
 
