@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qat.cli.exporting import export, references
 from qat.cli.meter import Meter
@@ -20,7 +19,7 @@ from qat.formats import compressed_tensors
 from qat.formats.base import file_bytes, unquantized_state
 from qat.nn.fake_quantize import kept
 from qat.numerics.qtensor import QuantizedTensor
-from qat.surgery.convert import Folded, Tensors, apply
+from qat.surgery.convert import Folded, Tensors
 from qat.surgery.prepare import prepare
 from qat.surgery.walk import Changes
 from qat.training.certify import certify
@@ -114,7 +113,7 @@ def _arm(
     spent: dict[str, Any],
     fallbacks: list[dict[str, Any]],
 ) -> Arm:
-    graph: PreTrainedModel = apply(bench.judged, dict(tensors), dict(folded))
+    graph = bench.graph(bench.judged, tensors, folded)
     scores = evaluate(graph, bench.windows, bench.judged, bench.config["evaluation"]["batch_size"])
     size = file_bytes(compressed_tensors.state(bench.model, tensors, folded, bench.dtype))
     count = sum(t.codes.numel() for t in tensors.values())

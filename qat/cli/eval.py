@@ -17,6 +17,7 @@ from qat.evaluation.divergence import evaluate, mean, standard_error
 from qat.formats import compressed_tensors
 from qat.formats.base import unquantized_state
 from qat.models import hf
+from qat.nn.kv import quantize_kv
 from qat.surgery.convert import apply
 
 
@@ -45,6 +46,7 @@ def main(config: dict[str, Any]) -> int:
     if device.type == "cuda":
         model = cast(model, torch.bfloat16).to(device)
     graph = apply(model, dict(checkpoint.tensors), dict(checkpoint.plain))
+    quantize_kv(graph, checkpoint.recipe.kv)
     scores = evaluate(graph, windows, model, sizes["batch_size"])
     assert scores.kl is not None
     assert scores.agree is not None

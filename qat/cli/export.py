@@ -10,7 +10,6 @@ from qat.cli.exporting import export, references
 from qat.cli.rundir import RunDir, find
 from qat.cli.workbench import open_workbench
 from qat.report.tables import export_lines
-from qat.surgery.convert import apply
 
 
 def main(config: dict[str, Any]) -> int:
@@ -32,7 +31,7 @@ def main(config: dict[str, Any]) -> int:
     else:
         changes = quantize(bench, arm, methods[arm])
         tensors, folded = changes.tensors, changes.folded
-        sequences = references(bench, bench.moved(apply(bench.model, tensors, folded)))
+        sequences = references(bench, bench.moved(bench.graph(bench.model, tensors, folded)))
         captured = "not applicable: a post-training method has no training graph"
     out = Path(config["out"]).expanduser() if config["out"] else path / "export" / f"{arm}-{config['format']['name']}"
     outcome = export(bench, arm, tensors, folded, sequences, captured, out)

@@ -123,7 +123,7 @@ def _group(
     if override.is_delete():
         if key not in slots:
             yield Problem(f"~{key}", f"not there{did_you_mean(key, slots)}")
-        elif "." not in slots[key].place and group not in GLOBAL_GROUPS:
+        elif "." not in slots[key].place and slots[key].option is not None:
             yield Problem(f"~{key}", f"qat {verb.name} needs it; choose another option")
         return
     if key not in slots and override.package is None:
@@ -133,7 +133,7 @@ def _group(
         yield Problem(key, f"qat {verb.name} has no group of this name; {hint}")
         return
     value = override.value()
-    if value is None and group not in GLOBAL_GROUPS:
+    if value is None and (key not in slots or slots[key].option is not None):
         yield Problem(key, f"needs an option (there are: {', '.join(tree.options(group))})")
     for option in _options(value):
         try:

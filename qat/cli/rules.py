@@ -7,6 +7,7 @@ from typing import Any
 from qat.cli.fields import at, is_number
 from qat.cli.problem import Problem
 from qat.numerics.granularity import PerTensor, PerToken
+from qat.numerics.kv import kind_of
 from qat.numerics.recipe import Recipe, Rule
 
 LOSS_WEIGHTS = ("kl", "ce")
@@ -22,6 +23,7 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     if isinstance(recipe := built.get("recipe"), Recipe):
         yield from recipe_quantizes(recipe)
         yield from weights(recipe)
+        yield from kv(recipe)
         if at(config, "format.name") == "compressed_tensors":
             yield from compressed_tensors(recipe)
 
@@ -96,6 +98,15 @@ def weights(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"{where}.weight.dynamic", "a weight's scale is stored, never dynamic; use dynamic=false")
 
 
+def kv(recipe: Recipe) -> Iterator[Problem]:
+    """A KV cache has one of a few schemes."""
+    try:
+        if recipe.kv is not None:
+            kind_of(recipe.kv)
+    except ValueError as error:
+        yield Problem("recipe.kv", str(error).removeprefix("recipe.kv: "))
+
+
 def compressed_tensors(recipe: Recipe) -> Iterator[Problem]:
     """What `pack-quantized` checkpoints cannot carry."""
     carries = "format=compressed_tensors packs weights"
@@ -106,5 +117,3 @@ def compressed_tensors(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(rule.weight.granularity, PerTensor) and not rule.weight.symmetric:
             text = f"{carries} with zero points per channel or group, not per tensor; use symmetric=true"
             yield Problem(f"{where}.weight.symmetric", text)
-    if recipe.kv is not None:
-        yield Problem("recipe.kv", f"{carries} only, not the KV cache's scheme {recipe.kv}; use kv=null")

@@ -11,8 +11,8 @@ from qat.cli.exporting import export, references
 from qat.cli.meter import Meter
 from qat.cli.workbench import Workbench, open_workbench
 from qat.evaluation.recovered import recovered
+from qat.numerics.kv import kind_of
 from qat.report.tables import arms_table, export_lines, recovered_lines, warnings
-from qat.surgery.convert import apply
 from qat.training.loggers import wandb_logger
 
 TRAINED = "qat"
@@ -55,7 +55,7 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
         arms[name], changes = ptq_arm(bench, name, method, arms["fp"])
         bench.run.write("summary.json", summary)
         if not trains:
-            graph = bench.moved(apply(bench.model, changes.tensors, changes.folded))
+            graph = bench.moved(bench.graph(bench.model, changes.tensors, changes.folded))
             captured = "not applicable: a post-training method has no training graph"
             sequences = references(bench, graph)
             summary["export"] = export(bench, name, changes.tensors, changes.folded, sequences, captured)
@@ -81,6 +81,8 @@ def _introduce(bench: Workbench) -> None:
     say(f"device {bench.run.facts['device']}, data {bench.tokens.path.name} {tokens}")
     say(f"calibration {calibrated} tokens, judged on {judged} test tokens in windows of {seq_len}\n")
     print(bench.plan, flush=True)
+    if bench.recipe.kv is not None:
+        say(f"keys and values: {kind_of(bench.recipe.kv)}, a scale for each token and head, in every arm but fp")
 
 
 def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,8 @@ from qat.engine.loader import ARCHITECTURES
 from qat.formats import compressed_tensors
 from qat.formats.base import digest
 from qat.models import hf
+from qat.nn.kv import check_kv, quantize_kv
+from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
 from qat.surgery.convert import apply
 from qat.surgery.match import Plan, match
@@ -70,6 +73,14 @@ class Workbench:
     def prompts(self) -> list[Tensor]:
         """The certificate's prompts as token ids."""
         return [torch.tensor(self.tokenizer(p, add_special_tokens=False)["input_ids"]) for p in self.config["prompts"]]
+
+    def graph(
+        self, model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], folded: Mapping[str, Tensor]
+    ) -> PreTrainedModel:
+        """The graph of an arm: a copy of `model` with what its method found, keys and values as the recipe says."""
+        graph = apply(model, dict(tensors), dict(folded))
+        quantize_kv(graph, self.recipe.kv)
+        return graph
 
     def moved(self, graph: PreTrainedModel) -> PreTrainedModel:
         """A graph on the device; one that shares parameters with the model leaves the model's where they are."""
@@ -139,6 +150,8 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
     for row in plan.rows:
         if row.weight is not None:
             compressed_tensors.check_scheme(row.name, row.weight, row.input)
+    if recipe.kv is not None:
+        check_kv(model, recipe.kv)
     test, calib = config["evaluation"], config["calibration"]
     limit = model.config.max_position_embeddings
     for key in ("data", "calibration", "evaluation"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +10,9 @@ from torch import Tensor
 from qat.engine.config import EngineConfig
 from qat.engine.loader import Loaded
 from qat.engine.scheduler import Chunk
+from qat.kernels.kv_store import PagedVectors
 from qat.kernels.paged_attention import Paging
+from qat.numerics.kv import vector_bytes
 
 
 class ModelRunner:
@@ -30,11 +33,8 @@ class ModelRunner:
         self.num_blocks = num_blocks(loaded, config)
         described, dtype = loaded.config, loaded.model.dtype
         shape = (self.num_blocks, described.num_key_value_heads, config.block_size, described.head_dim)
-        # Not zeroed: nothing reads a slot before it is written, and a CPU hands out memory as it is touched.
-        self.caches = [
-            (torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device))
-            for _ in range(described.num_hidden_layers)
-        ]
+        cache = partial(PagedVectors.empty, shape, loaded.kv, dtype, self.device)
+        self.caches = [(cache(), cache()) for _ in range(described.num_hidden_layers)]
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -48,7 +48,7 @@ class ModelRunner:
             self._tensor([table + [0] * (longest - len(table)) for table in tables]),
             [c.stop - c.start for c in chunks],
             [c.stop for c in chunks],
-            self.caches[0][0].shape,
+            self.caches[0][0].data.shape,
         )
         with self._precision():
             return self.model(self._tensor(tokens), self._tensor(positions), paging, self.caches)
@@ -90,7 +90,8 @@ def num_blocks(loaded: Loaded, config: EngineConfig) -> int:
         return config.num_blocks
     described = loaded.config
     vectors = 2 * described.num_hidden_layers * described.num_key_value_heads * config.block_size
-    block_bytes = vectors * described.head_dim * loaded.model.dtype.itemsize
+    size = described.head_dim * loaded.model.dtype.itemsize
+    block_bytes = vectors * (size if loaded.kv is None else vector_bytes(loaded.kv, described.head_dim))
     held = int(config.kv_memory_gib * 2**30) // block_bytes
     if held < 1:
         raise ValueError(

@@ -1,12 +1,70 @@
-"""Writes new keys and values into the paged cache. The reference.
+"""Writes new keys and values into the paged cache, quantized where the cache is. The reference.
 
-cache [blocks, kv_heads, block_size, head_dim]        slot = block * block_size + offset in the block
+A cache holds the vectors of one layer, keys or values; slot = block * block_size + offset in the block.
 """
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from qat.kernels.kv_quant import dequantize_kv, quantize_kv
 
-def kv_store(k_THD: Tensor, v_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+
+@dataclass(frozen=True, eq=False)
+class PagedVectors:
+    """Keys, or values, of one layer.
+
+    Attributes:
+        data: `[blocks, kv_heads, block_size, C]`: vectors, or codes as `kv_quant.quantize_kv` stores them.
+        scale: fp32 `[blocks, kv_heads, block_size]`; None where vectors are kept as they are.
+        kind: One of `numerics.kv.KINDS`; None likewise.
+    """
+
+    data: Tensor
+    scale: Tensor | None = None
+    kind: str | None = None
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int, int], kind: str | None, dtype: torch.dtype, device: torch.device
+    ) -> "PagedVectors":
+        """Room for vectors, whatever lies there: `shape` is `(blocks, kv_heads, block_size, head_dim)`.
+
+        It is not zeroed: nothing reads a slot before it is written, and a CPU hands out memory as it is touched.
+        """
+        if kind is None:
+            return cls(torch.empty(shape, dtype=dtype, device=device))
+        codes, _ = quantize_kv(torch.zeros(shape[-1]), kind)
+        data = torch.empty((*shape[:-1], len(codes)), dtype=codes.dtype, device=device)
+        return cls(data, torch.empty(shape[:-1], dtype=torch.float32, device=device), kind)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def write(self, x_THD: Tensor, block: Tensor, offset: Tensor) -> None:
+        """Puts each token's vectors at its place."""
+        if self.kind is None or self.scale is None:
+            self.data[block, :, offset] = x_THD.to(self.data.dtype)
+        else:
+            self.data[block, :, offset], self.scale[block, :, offset] = quantize_kv(x_THD, self.kind)
+
+    def read(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """Vectors `[n, head_dim]` in `dtype`.
+
+        Args:
+            places: int64 `[n]`: `(block * kv_heads + head) * block_size + offset` of each.
+            dtype: What they are widened or dequantized to.
+        """
+        data = self.data.view(-1, self.data.shape[-1]).index_select(0, places)
+        if self.kind is None or self.scale is None:
+            return data.to(dtype)
+        return dequantize_kv(data, self.scale.view(-1).index_select(0, places), self.kind, dtype)
+
+
+def kv_store(k_THD: Tensor, v_THD: Tensor, k_cache: PagedVectors, v_cache: PagedVectors, slots: Tensor) -> None:
     """Writes each token's key and value at its slot; a slot of -1 is not written.
 
     Args:
@@ -19,7 +77,7 @@ def kv_store(k_THD: Tensor, v_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slo
     if bool((slots < 0).any()):
         kept = slots >= 0
         k_THD, v_THD, slots = k_THD[kept], v_THD[kept], slots[kept]
-    block_size = k_cache.shape[2]
+    block_size = k_cache.data.shape[2]
     block, offset = slots // block_size, slots % block_size
-    k_cache[block, :, offset] = k_THD.to(k_cache.dtype)
-    v_cache[block, :, offset] = v_THD.to(v_cache.dtype)
+    k_cache.write(k_THD, block, offset)
+    v_cache.write(v_THD, block, offset)
