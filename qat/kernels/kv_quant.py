@@ -51,7 +51,7 @@ def fake_quantize_kv(x: Tensor, kind: str) -> Tensor:
 
     One opaque operator, for the reason that `fake_quant.py` gives: a compiler may not take the division apart.
     """
-    return dequantize_kv(*quantize_kv(x, kind), kind, x.dtype)
+    return dequantize_kv(*quantize_kv(x, kind), kind, x.dtype).contiguous()
 
 
 @fake_quantize_kv.register_fake
