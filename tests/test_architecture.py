@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 400  # lines of a file
 BANNED = ("utils", "helpers", "common", "manager", "misc")
 SUFFIXES = ("_utils", "_helpers", "_common", "_misc")  # a block_manager is the paging paper's own word
-LIGHT = ("qat", *(f"qat.numerics.{name}" for name in ("grid", "granularity", "scheme", "recipe")), "qat.engine.config")
+LIGHT = (
+    "qat",
+    *(f"qat.numerics.{name}" for name in ("grid", "granularity", "scheme", "recipe", "kv")),
+    "qat.engine.config",
+)
 MACHINE = re.compile(r"(?<![\w.~$}])/(home|root|Users|work|mnt|media|scratch)/\w")
 
 

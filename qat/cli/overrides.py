@@ -58,7 +58,8 @@ def sort_overrides(verb: Verb, texts: list[str], tree: Tree) -> Overrides:
             result.problems.append(Problem(key, "given twice"))
         problems = list(_group(verb, key, override, slots, groups, tree))
         result.problems += problems
-        if not problems and chosen[key] == 1:
+        nothing = not override.is_delete() and override.value() is None  # as the defaults list has it
+        if not problems and chosen[key] == 1 and not nothing:
             sign = "~" if override.is_delete() else "" if key in slots else "+"
             result.lines.append(sign + _bare(override))
     return result

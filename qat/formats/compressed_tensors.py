@@ -223,7 +223,7 @@ def kv_args(kv: Scheme, size: int) -> dict[str, Any]:
     }
 
 
-def kv_scheme(where: str, written: Mapping[str, Any], size: int) -> Scheme:
+def kv_scheme(written: Any, size: int) -> Scheme:
     """The inverse of `kv_args`.
 
     Raises:
@@ -231,11 +231,11 @@ def kv_scheme(where: str, written: Mapping[str, Any], size: int) -> Scheme:
     """
     for kv in KINDS.values():
         ours = kv_args(kv, size)
-        if {key: written.get(key) for key in ours} == ours:
+        if isinstance(written, dict) and {key: written.get(key) for key in ours} == ours:
             return kv
     raise ValueError(
-        f"{where}: kv_cache_scheme {dict(written)}; this reader serves dynamic {', '.join(KINDS)} with one scale for "
-        f"each token and head (strategy group, group_size {size})"
+        f"kv_cache_scheme {written}; this reader serves dynamic {', '.join(KINDS)} with one scale for each token and "
+        f"head (strategy group, group_size {size})"
     )
 
 
@@ -288,7 +288,10 @@ def load(path: Path | str) -> Checkpoint:
         if quantization.get(key):
             raise ValueError(f"{path}/config.json: {key} is set; this reader serves quantized weights alone")
     if (kv := quantization.get("kv_cache_scheme")) is not None:
-        kv = kv_scheme(f"{path}/config.json", kv, head_dim(config))
+        try:
+            kv = kv_scheme(kv, head_dim(config))
+        except ValueError as error:
+            raise ValueError(f"{path}/config.json: {error}") from None
     reader = Reader(path)
     modules = [name.removesuffix(".weight_packed") for name in reader.files if name.endswith(".weight_packed")]
     if missing := [name for name in modules if f"{name}.weight_scale" not in reader.files]:

@@ -57,5 +57,12 @@ def vector_bytes(kind: str, head_dim: int) -> int:
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
-    """Elements of a key or value of one head, by a model's config.json."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    """Elements of a key or value of one head, by a model's config.json.
+
+    Raises:
+        ValueError: The config does not say.
+    """
+    try:
+        return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise ValueError("config.json: neither head_dim nor hidden_size over num_attention_heads is a number") from None

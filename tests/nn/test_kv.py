@@ -131,16 +131,15 @@ def test_twice_is_once_and_no_scheme_is_no_change() -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"recipe.kv: granularity=PerTensor\(\)"):
         quantize_kv(tiny(), Scheme(IntGrid(8), PerTensor(), dynamic=True, convention="vllm"))
-    with pytest.raises(ValueError, match=r"recipe.kv: int4 .* head_dim=15 is odd"):
-        model = tiny()
-        model.config.head_dim = 15
-        quantize_kv(model, KINDS["int4"])
-    with pytest.raises(ValueError, match="recipe.kv: .* 'sdpa', but the model's is 'eager'"):
-        model = tiny()
-        model.set_attn_implementation("eager")
-        quantize_kv(model, KINDS["int8"])
+    odd, eager = tiny(), tiny()
+    odd.config.head_dim = 15
+    with pytest.raises(ValueError, match=r"recipe\.kv: int4 .* head_dim=15 is odd"):
+        quantize_kv(odd, KINDS["int4"])
+    eager.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"recipe\.kv: .* 'sdpa', but the model's is 'eager'"):
+        quantize_kv(eager, KINDS["int8"])
     with pytest.raises(ValueError, match="but the model's is 'qat_kv_int8'"):
         check_kv(quantized("int8"), KINDS["fp8"])
     monkeypatch.setattr(LlamaForCausalLM, "_can_set_attn_implementation_cached_value", False, raising=False)
-    with pytest.raises(ValueError, match="recipe.kv: the attention of LlamaForCausalLM does not go through"):
+    with pytest.raises(ValueError, match=r"recipe\.kv: the attention of LlamaForCausalLM does not go through"):
         quantize_kv(tiny(), KINDS["int8"])

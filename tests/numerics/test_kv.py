@@ -55,6 +55,9 @@ def test_head_dim_of_a_config() -> None:
     assert head_dim({"hidden_size": 64, "num_attention_heads": 4}) == 16
     assert head_dim({"hidden_size": 64, "num_attention_heads": 4, "head_dim": None}) == 16
     assert head_dim({"hidden_size": 64, "num_attention_heads": 4, "head_dim": 24}) == 24
+    for bad in ({}, {"hidden_size": 64, "num_attention_heads": 0}, {"hidden_size": "64", "num_attention_heads": 4}):
+        with pytest.raises(ValueError, match=r"config.json: neither head_dim"):
+            head_dim(bad)
 
 
 def test_needs_no_torch() -> None:
