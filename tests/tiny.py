@@ -7,8 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qat.data.text import Tokens, load, tokenizer_digest
-from qat.data.text import _save as save_tokens
+from qat.data.text import Tokens, load, save, tokenizer_digest
 from qat.numerics.granularity import PerGroup
 from qat.numerics.grid import IntGrid
 from qat.numerics.kv import KINDS
@@ -73,5 +72,5 @@ def tokens(path: Path, train: int = 8192, held_out: int = 1024) -> Tokens:
         repeat = generator.random(size) < 0.5
         stream[1:][repeat[1:]] = stream[:-1][repeat[1:]]
         streams[split] = stream
-    save_tokens(path, streams, {"source": "test"}, tokenizer_digest(byte_tokenizer()))
+    save(path, streams, {"source": "test"}, tokenizer_digest(byte_tokenizer()))
     return load(path)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qat.cli.exporting import export, references
 from qat.cli.meter import Meter
@@ -18,8 +19,10 @@ from qat.evaluation.reference import Sequence
 from qat.formats import compressed_tensors
 from qat.formats.base import file_bytes, unquantized_state
 from qat.nn.fake_quantize import kept
+from qat.nn.kv import quantize_kv
 from qat.numerics.qtensor import QuantizedTensor
-from qat.surgery.convert import Folded, Tensors
+from qat.surgery.calibrate import calibrate
+from qat.surgery.convert import Folded, Tensors, apply, input_scales, is_input_scale, quantize_inputs
 from qat.surgery.prepare import prepare
 from qat.surgery.walk import Changes
 from qat.training.certify import certify
@@ -43,6 +46,7 @@ def ptq_arm(bench: Workbench, name: str, method: Mapping[str, Any], fp: Arm) -> 
     """One post-training method, resumable block by block."""
     meter = Meter(bench.device)
     changes = quantize(bench, name, method)
+    changes.folded.update(static_inputs(bench, changes))
     spent = meter.read()
     fallbacks = [row for row in changes.layers if row.get("fallback")]
     return _arm(bench, changes.tensors, changes.folded, fp, spent, fallbacks), changes
@@ -55,6 +59,15 @@ def quantize(bench: Workbench, name: str, method: Mapping[str, Any]) -> Changes:
     return call(bench.judged, bench.recipe, bench.calibration, dtype=bench.dtype, store=store, progress=_progress(name))
 
 
+def static_inputs(bench: Workbench, changes: Changes) -> Folded:
+    """Static scales of inputs, calibrated on what the method's weights compute; empty where there are none."""
+    graph = apply(bench.judged, changes.tensors, changes.folded)
+    quantize_kv(graph, bench.recipe.kv)
+    quantize_inputs(graph, bench.recipe, {}, bench.build("input_observer"))
+    calibrate(graph, bench.calibration)
+    return input_scales(graph)
+
+
 def qat_arm(bench: Workbench, fp: Arm, loggers: list[Any]) -> tuple[Arm, dict[str, Any], dict[str, Any]]:
     """Trains, certifies, exports and judges the reloaded file.
 
@@ -65,8 +78,10 @@ def qat_arm(bench: Workbench, fp: Arm, loggers: list[Any]) -> tuple[Arm, dict[st
     tensors, folded, sequences, captured, cost = train(bench, loggers)
     spent = meter.read()
     outcome = export(bench, "qat", tensors, folded, sequences, captured)
-    checkpoint = compressed_tensors.load(outcome["path"])
-    return _arm(bench, dict(checkpoint.tensors), dict(checkpoint.plain), fp, spent, []), outcome, cost
+    if outcome["path"]:
+        checkpoint = compressed_tensors.load(outcome["path"])
+        tensors, folded = dict(checkpoint.tensors), dict(checkpoint.plain)
+    return _arm(bench, tensors, folded, fp, spent, []), outcome, cost
 
 
 def train(
@@ -78,8 +93,16 @@ def train(
     optim: Optim = bench.build("optim")
     student = copy.deepcopy(bench.model).to(bench.device)
     prepare(
-        student, bench.recipe, bench.build("observer"), bench.build("estimator"), bench.dtype, optim.train_embeddings
+        student,
+        bench.recipe,
+        bench.build("observer"),
+        bench.build("estimator"),
+        bench.dtype,
+        optim.train_embeddings,
+        bench.build("input_observer"),
+        bench.build("input_estimator"),
     )
+    calibrate(student, bench.calibration)
     training = Training(seq_len=config["data"]["seq_len"], seed=config["seed"], **config["trainer"])
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
     teacher, schedule = bench.judged if loss.kl else None, bench.build("schedule")
@@ -113,13 +136,20 @@ def _arm(
     spent: dict[str, Any],
     fallbacks: list[dict[str, Any]],
 ) -> Arm:
-    graph = bench.graph(bench.judged, tensors, folded)
+    graph: PreTrainedModel = apply(bench.judged, dict(tensors), dict(folded), recipe=bench.recipe)
     scores = evaluate(graph, bench.windows, bench.judged, bench.config["evaluation"]["batch_size"])
-    size = file_bytes(compressed_tensors.state(bench.model, tensors, folded, bench.dtype))
+    plain = {name: value for name, value in folded.items() if not is_input_scale(name)}
+    if bench.config["format"]["name"] == "none":
+        bits = sum(t.bits for t in tensors.values())
+        size = file_bytes(unquantized_state(bench.model, tensors, plain, bench.dtype)) + bits // 8
+    else:
+        _, tensors = compressed_tensors.expressed(bench.recipe, tensors)
+        size = file_bytes(compressed_tensors.state(bench.model, tensors, plain, bench.dtype))
+        bits = sum(t.bits for t in tensors.values())
     count = sum(t.codes.numel() for t in tensors.values())
-    bits = sum(t.bits for t in tensors.values()) / count
-    whole = bench.plan.bits_per_weight(bench.dtype.itemsize * 8)
-    return judged(bench, scores, fp, size, whole, bits, spent, fallbacks)
+    total = sum(p.numel() for p in bench.model.parameters())
+    whole = (bits + (total - count) * bench.dtype.itemsize * 8) / total
+    return judged(bench, scores, fp, size, whole, bits / count, spent, fallbacks)
 
 
 def judged(

@@ -1,6 +1,9 @@
 """Composition: Hydra's part, and the one place where a config becomes plain Python."""
 
 import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -22,10 +25,15 @@ def compose(primary: str, overrides: Overrides, tree: Tree) -> DictConfig:
         ConfigError: Hydra cannot put the files together.
     """
     packaged, *user = tree.roots
-    search = [f"hydra.searchpath=[{','.join(quoted(f'file://{root}') for root in user)}]"] if user else []
     try:
-        with initialize_config_dir(str(packaged), version_base="1.3"):  # leaves Hydra's global state as it found it
-            config = hydra_compose(primary, overrides=[*search, *overrides.lines], return_hydra_config=True)
+        with TemporaryDirectory() as given:  # a directory of configs with what was given by its path
+            for option, path in overrides.files.items():
+                (target := Path(given, f"{option}.yaml")).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            search = ",".join(quoted(f"file://{root}") for root in [*user, given])
+            lines = [f"hydra.searchpath=[{search}]", *overrides.lines]
+            with initialize_config_dir(str(packaged), version_base="1.3"):  # leaves Hydra's global state as it was
+                config = hydra_compose(primary, overrides=lines, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError([Problem("configs", _sentence(error))]) from None
     choices = {k: v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}

@@ -104,7 +104,8 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 def _again(config: dict[str, Any] | None) -> str:
     """What a verb that resumes says of a run that was cut off."""
-    return "; the same command goes on from there" if config and config.get("resume") == "auto" else ""
+    resumes = config and (config.get("resume") == "auto" or config.get("verb") == "generate")
+    return "; the same command goes on from there" if resumes else ""
 
 
 def _say(text: str, status: int) -> int:
@@ -137,7 +138,7 @@ def _import(error: ImportError) -> str | None:
 
 def _memory(error: BaseException) -> str | None:
     text = str(error)
-    cure = "lower the batch sizes (trainer, calibration, evaluation) or seq_len, or engine.kv_memory_gib"
+    cure = "lower the batch sizes (trainer, calibration, evaluation, sequences) or seq_len, or engine.kv_memory_gib"
     if _is_a(error, "OutOfMemoryError") or "CUDA out of memory" in text:
         return f"the GPU's memory is full; {cure}"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:

@@ -17,7 +17,6 @@ from qat.evaluation.divergence import evaluate, mean, standard_error
 from qat.formats import compressed_tensors
 from qat.formats.base import unquantized_state
 from qat.models import hf
-from qat.nn.kv import quantize_kv
 from qat.surgery.convert import apply
 
 
@@ -40,13 +39,12 @@ def main(config: dict[str, Any]) -> int:
     whole = set(unquantized_state(model, {}, {}, storage))
     if strays := sorted(whole ^ ({f"{name}.weight" for name in checkpoint.tensors} | set(checkpoint.plain))):
         raise ValueError(f"{path}: not a checkpoint of the run's model; one of them lacks {strays[0]}")
-    source = instantiate(settings["data"]["source"], _convert_="all")
-    tokens = prepare(source, tokenizer, hf.cache_dir() / "tokens", settings["data"]["path"])
+    data = settings["data"]  # only train has extra tokens
+    tokens = prepare(instantiate(data["source"], _convert_="all"), tokenizer, hf.cache_dir() / "tokens", data["path"])
     windows = tokens.windows(config["split"], sizes["seq_len"], sizes["windows"])
     if device.type == "cuda":
         model = cast(model, torch.bfloat16).to(device)
-    graph = apply(model, dict(checkpoint.tensors), dict(checkpoint.plain))
-    quantize_kv(graph, checkpoint.recipe.kv)
+    graph = apply(model, dict(checkpoint.tensors), dict(checkpoint.plain), recipe=checkpoint.recipe)
     scores = evaluate(graph, windows, model, sizes["batch_size"])
     assert scores.kl is not None
     assert scores.agree is not None

@@ -10,6 +10,7 @@ from qat.cli.exporting import export, references
 from qat.cli.rundir import RunDir, find
 from qat.cli.workbench import open_workbench
 from qat.report.tables import export_lines
+from qat.surgery.convert import apply
 
 
 def main(config: dict[str, Any]) -> int:
@@ -24,6 +25,8 @@ def main(config: dict[str, Any]) -> int:
         raise ValueError(f"arm={arm}: the run has {', '.join(['qat', *methods])}")
     if arm == "qat" and not list(path.glob("checkpoints/step=*.ckpt")):
         raise ValueError(f"arm=qat: {path} has no training checkpoint; its arms are {', '.join(methods) or 'none'}")
+    if config["format"]["name"] == "none":
+        raise ValueError("format=none: there is nothing to write; name a format")
     bench = open_workbench(settings, RunDir.existing(path))
     captured: Any
     if arm == "qat":
@@ -31,7 +34,7 @@ def main(config: dict[str, Any]) -> int:
     else:
         changes = quantize(bench, arm, methods[arm])
         tensors, folded = changes.tensors, changes.folded
-        sequences = references(bench, bench.moved(bench.graph(bench.model, tensors, folded)))
+        sequences = references(bench, bench.moved(apply(bench.model, tensors, folded, recipe=bench.recipe)))
         captured = "not applicable: a post-training method has no training graph"
     out = Path(config["out"]).expanduser() if config["out"] else path / "export" / f"{arm}-{config['format']['name']}"
     outcome = export(bench, arm, tensors, folded, sequences, captured, out)

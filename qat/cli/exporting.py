@@ -48,11 +48,14 @@ def export(
         path: Directory to write; None: `export/<format>` in the run.
 
     Returns:
-        `summary["export"]`.
+        `summary["export"]`; without a format, no path, and nothing that could be verified.
     """
     name = bench.config["format"]["name"]
+    if name == "none":
+        return {"path": None, "verified": None, "captured": captured}
     path = path or bench.run.path / "export" / name
-    FORMATS[name].save(path, bench.model, bench.recipe, tensors, folded, bench.tokenizer, bench.dtype)
+    recipe, tensors = FORMATS[name].expressed(bench.recipe, tensors)
+    FORMATS[name].save(path, bench.model, recipe, tensors, folded, bench.tokenizer, bench.dtype)
     device = "cuda" if bench.device.type == "cuda" else "cpu"
     facts = {
         "arm": arm,

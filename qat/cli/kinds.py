@@ -112,18 +112,24 @@ def _fits_name(name: str, value: Any) -> bool:
     return isinstance(value, dict) if name in MAPPINGS else True
 
 
+MAPPING = "a mapping with the _target_ of a "
+
+
 def _words(node: ast.expr) -> list[str]:
     match node:
         case ast.Constant(value=str(text)):
             return _words(ast.parse(text, mode="eval").body)
         case ast.BinOp(op=ast.BitOr()):
-            return [*_words(node.left), *_words(node.right)]
+            left, right = _words(node.left), _words(node.right)
+            if left[-1].startswith(MAPPING) and right[0].startswith(MAPPING):  # said once, with all its targets
+                right[0] = f"{left.pop()} or {right[0].removeprefix(MAPPING)}"
+            return [*left, *right]
         case ast.Subscript():
             return _words_generic(_last(node.value), _items(node.slice))
         case ast.Name() | ast.Attribute() | ast.Constant():
             name = _last(node)
             if name.startswith(BUILT):
-                return [f"a mapping with the _target_ of a {name.removeprefix(BUILT)}"]
+                return [MAPPING + name.removeprefix(BUILT)]
             return [WORDS.get("str" if name in TEXTS else name, name)]
         case _:
             return [ast.unparse(node)]

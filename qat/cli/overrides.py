@@ -7,6 +7,7 @@ composition, so that every unknown key is reported and not only the first.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,7 +15,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString, Valu
 from hydra.errors import HydraException
 
 from qat.cli.problem import ConfigError, Problem, did_you_mean
-from qat.cli.tree import GLOBAL_GROUPS, Slot, Tree
+from qat.cli.tree import GLOBAL_GROUPS, Slot, Tree, read_yaml
 from qat.cli.verbs import Verb
 
 RESERVED = ("verb", "choices")
@@ -28,11 +29,13 @@ class Overrides:
         lines: Overrides that Hydra takes.
         removals: Keys to remove after composition.
         problems: Overrides that cannot be used; the rest still composes.
+        files: `group/option`, as the lines have it, to the file that was given by its path (`recipe=some/dir/x.yaml`).
     """
 
     lines: list[str] = field(default_factory=list)
     removals: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
 
 
 def quoted(text: str) -> str:
@@ -61,8 +64,27 @@ def sort_overrides(verb: Verb, texts: list[str], tree: Tree) -> Overrides:
         nothing = not override.is_delete() and override.value() is None  # as the defaults list has it
         if not problems and chosen[key] == 1 and not nothing:
             sign = "~" if override.is_delete() else "" if key in slots else "+"
-            result.lines.append(sign + _bare(override))
+            path = _file(override)
+            result.lines.append(sign + (_bare(override) if path is None else _named(key, override, path, result, tree)))
     return result
+
+
+def _file(override: Override) -> Path | None:
+    """The file that stands in the place of an option's name."""
+    value = override.value()
+    if not isinstance(value, str) or override.key_or_group in GLOBAL_GROUPS:
+        return None
+    path = Path(value).expanduser()
+    return path if path.suffix == ".yaml" and ("/" in value or path.is_file()) else None
+
+
+def _named(key: str, override: Override, path: Path, result: Overrides, tree: Tree) -> str:
+    """The override with a name for the file that no other option of its group has."""
+    group, name = override.key_or_group, path.stem
+    while tree.find(f"{group}/{name}") or f"{group}/{name}" in result.files:
+        name = f"my_{name}"
+    result.files[f"{group}/{name}"] = path
+    return f"{key}={quoted(name)}"
 
 
 def _parse(text: str, problems: list[Problem]) -> Iterator[Override]:
@@ -136,8 +158,12 @@ def _group(
     value = override.value()
     if value is None and (key not in slots or slots[key].option is not None):
         yield Problem(key, f"needs an option (there are: {', '.join(tree.options(group))})")
+    path = _file(override)
     for option in _options(value):
+        if path is not None and not path.is_file():
+            yield Problem(f"{key}={option}", "no such file")
+            continue
         try:
-            tree.require(group, str(option))
+            read_yaml(path) if path else tree.require(group, str(option))
         except ConfigError as error:
             yield from (Problem(f"{key}={option}", problem.text) for problem in error.problems)

@@ -6,11 +6,15 @@ from typing import Any
 
 from qat.cli.fields import at, is_number
 from qat.cli.problem import Problem
+from qat.numerics.allocate import at_width
 from qat.numerics.granularity import PerTensor, PerToken
+from qat.numerics.grid import Codebook, IntGrid
 from qat.numerics.kv import kind_of
 from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import E8M0, integers
 
 LOSS_WEIGHTS = ("kl", "ce")
+LEARNING = ("LSQ", "LSQPlus", "EfficientQAT", "PACT", "SEQ")  # estimators that learn a scale
 RESERVED_ARMS = ("fp", "qat")
 
 
@@ -20,10 +24,15 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     yield from schedule(config)
     yield from betas(config)
     yield from arms(config)
+    yield from data(config)
+    yield from generate(config)
     if isinstance(recipe := built.get("recipe"), Recipe):
         yield from recipe_quantizes(recipe)
         yield from weights(recipe)
         yield from kv(recipe)
+        if "bits" in config:
+            yield from widths(recipe)
+        yield from estimators(config, recipe)
         if at(config, "format.name") == "compressed_tensors":
             yield from compressed_tensors(recipe)
 
@@ -49,9 +58,10 @@ def schedule(config: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("schedule.start", f"{start} is not below trainer.max_steps={steps}: nothing would be quantized")
     if is_number(start) and is_number(freeze) and freeze < start:
         yield Problem("schedule.freeze", f"{freeze} comes before schedule.start={start}; freeze at {start} or later")
-    learns = str(at(config, "estimator._target_")).endswith(".LSQ")
+    estimator = str(at(config, "estimator._target_")).rpartition(".")[2]
+    learns = estimator in LEARNING
     if learns and is_number(freeze) and is_number(steps) and freeze >= steps:
-        text = f"{freeze} is not below trainer.max_steps={steps}: the estimator LSQ would never learn a scale"
+        text = f"{freeze} is not below trainer.max_steps={steps}: the estimator {estimator} would never learn a scale"
         yield Problem("schedule.freeze", f"{text}; freeze earlier, or take estimator=clipped")
 
 
@@ -74,6 +84,25 @@ def arms(config: dict[str, Any]) -> Iterator[Problem]:
         target = at(node, "_target_")
         if isinstance(target, str) and target.startswith("qat.") and not target.startswith("qat.ptq."):
             yield Problem(f"arms.{name}._target_", f"{target} is no PTQ method; those live in qat.ptq")
+
+
+def data(config: dict[str, Any]) -> Iterator[Problem]:
+    """Text comes from somewhere."""
+    node = at(config, "data")
+    if isinstance(node, dict) and "source" in node and node["source"] is None and node.get("path") is None:
+        text = "data without a source is read from a directory; `qat generate out=DIR` makes one, then data.path=DIR"
+        yield Problem("data.path", text)
+
+
+def generate(config: dict[str, Any]) -> Iterator[Problem]:
+    """Sequences draw some of their tokens, and some of them train."""
+    greedy, length = at(config, "sampling.greedy_tokens"), at(config, "length")
+    if is_number(greedy) and is_number(length) and greedy >= length - 1:
+        text = f"{greedy} of the {length - 1} tokens after the first: none would be drawn; use fewer"
+        yield Problem("sampling.greedy_tokens", text)
+    shares = [at(config, f"splits.{split}") for split in ("validation", "test")]
+    if all(map(is_number, shares)) and sum(shares) >= 1:
+        yield Problem("splits", f"validation and test take {sum(shares)} of the sequences; leave some for training")
 
 
 def recipe_quantizes(recipe: Recipe) -> Iterator[Problem]:
@@ -107,13 +136,47 @@ def kv(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("recipe.kv", str(error).removeprefix("recipe.kv: "))
 
 
+def widths(recipe: Recipe) -> Iterator[Problem]:
+    """Every grid has widths to choose from."""
+    for where, rule in _weight_rules(recipe):
+        assert rule.weight is not None
+        try:
+            at_width(rule.weight, 8)
+        except ValueError as error:
+            yield Problem(f"{where}.weight.grid", str(error))
+
+
+def estimators(config: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
+    """An estimator learns what the schemes have."""
+    kinds = {key: str(at(config, f"{key}._target_")).rpartition(".")[2] for key in ("estimator", "input_estimator")}
+    for where, rule in _weight_rules(recipe):
+        schemes = {"estimator": ("weight", rule.weight), "input_estimator": ("input", rule.input)}
+        for key, (part, scheme) in schemes.items():
+            if scheme is None or scheme.dynamic:
+                continue
+            kind = kinds[key]
+            if kind in LEARNING and scheme.scale_dtype == E8M0:
+                text = f"{kind} learns a scale, but those of {where}.{part} are powers of two; use {key}=clipped"
+                yield Problem(key, text)
+            if kind == "SEQ" and not isinstance(scheme.grid, Codebook):
+                text = f"SEQ is for the codebooks binary, ternary and seq2; {where}.{part} is {scheme}: use {key}=lsq"
+                yield Problem(key, text)
+            if kind == "LSQPlus" and scheme.symmetric:
+                text = f"LSQPlus learns an offset, but {where}.{part} is symmetric; set symmetric=false or {key}=lsq"
+                yield Problem(key, text)
+
+
 def compressed_tensors(recipe: Recipe) -> Iterator[Problem]:
     """What `pack-quantized` checkpoints cannot carry."""
     carries = "format=compressed_tensors packs weights"
     for where, rule in _weight_rules(recipe):
         assert rule.weight is not None
         if rule.input is not None:
-            yield Problem(f"{where}.input", f"{carries} only, not the input scheme {rule.input}; use input=null")
+            text = f"{carries} only, not the input scheme {rule.input}; use format=none or input=null"
+            yield Problem(f"{where}.input", text)
+        if not isinstance(integers(rule.weight).grid, IntGrid):
+            text = f"{carries} of integers only, not {rule.weight}; use format=none"
+            yield Problem(f"{where}.weight.grid", text)
         if isinstance(rule.weight.granularity, PerTensor) and not rule.weight.symmetric:
             text = f"{carries} with zero points per channel or group, not per tensor; use symmetric=true"
             yield Problem(f"{where}.weight.symmetric", text)

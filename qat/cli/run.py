@@ -13,6 +13,7 @@ from qat.cli.workbench import Workbench, open_workbench
 from qat.evaluation.recovered import recovered
 from qat.numerics.kv import kind_of
 from qat.report.tables import arms_table, export_lines, recovered_lines, warnings
+from qat.surgery.convert import apply
 from qat.training.loggers import wandb_logger
 
 TRAINED = "qat"
@@ -39,7 +40,7 @@ def main(config: dict[str, Any]) -> int:
     finally:
         tracking.close(wandb_run, summary)
     bench.run.finish()
-    return 0 if summary["export"]["verified"] else 1
+    return 1 if summary["export"]["verified"] is False else 0
 
 
 def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], trains: bool, wandb_run: Any) -> None:
@@ -55,7 +56,7 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
         arms[name], changes = ptq_arm(bench, name, method, arms["fp"])
         bench.run.write("summary.json", summary)
         if not trains:
-            graph = bench.moved(bench.graph(bench.model, changes.tensors, changes.folded))
+            graph = bench.moved(apply(bench.model, changes.tensors, changes.folded, recipe=bench.recipe))
             captured = "not applicable: a post-training method has no training graph"
             sequences = references(bench, graph)
             summary["export"] = export(bench, name, changes.tensors, changes.folded, sequences, captured)
@@ -86,7 +87,7 @@ def _introduce(bench: Workbench) -> None:
 
 
 def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
-    from qat.cli.generate import continuations
+    from qat.cli.continuations import continuations
     from qat.report.plots import draw
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
@@ -97,10 +98,12 @@ def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
     summary["warnings"] = warnings(summary)
     for line in summary["warnings"]:
         say(f"WARNING: {line}")
-    say("\nThe packed model continues:")
-    summary["continuations"] = continuations(summary["export"]["path"], bench.config)
-    for prompt, text in summary["continuations"].items():
-        say(f"  {prompt!r} -> {text!r}")
+    exported = summary["export"]["path"] is not None
+    if exported:
+        say("\nThe packed model continues:")
+        summary["continuations"] = continuations(summary["export"]["path"], bench.config)
+        for prompt, text in summary["continuations"].items():
+            say(f"  {prompt!r} -> {text!r}")
     spent = meter.read()
     summary["cost"] = summary.get("cost", {}) | {f"run_{key}": value for key, value in spent.items()}
     bench.run.write("summary.json", summary)
@@ -108,7 +111,8 @@ def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
     for line in [f"plot: {file}" for file in files] or ["no plots: they need matplotlib (pip install 'qat[report]')"]:
         say(line)
     say(f"\n{spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU s. Next:")
-    for command in ("qat chat run=latest", "qat serve run=latest", "qat compare runs/latest", "qat verify run=latest"):
+    served = ("qat chat run=latest", "qat serve run=latest", "qat verify run=latest")
+    for command in (*(served if exported else ()), "qat compare runs/latest"):
         say(f"  {command}")
 
 

@@ -53,6 +53,14 @@ VERBS = {
             "ptq",
         ),
         Verb(
+            "sensitivity",
+            "what each layer loses at each width, and a recipe of mixed widths",
+            "Quantizes one layer at a time at each width, measures what the model loses, and writes a recipe that\n"
+            "spends a budget of bits where they matter most. An interrupted run goes on where it stopped.",
+            ("qat sensitivity budget=3.25", "qat sensitivity unit=kind 'bits=[2,3,4]' recipe=w4a16_g128"),
+            "sensitivity",
+        ),
+        Verb(
             "eval",
             "perplexity, KL and top-1 agreement of a checkpoint",
             "Evaluates a checkpoint directory, or a run's export, on held-out windows.",
@@ -103,6 +111,14 @@ VERBS = {
             "they cannot be compared.",
             ("qat compare runs/latest", "qat compare runs/a/1 runs/b/2 --md"),
             usage="RUN... [--json] [--md]",
+        ),
+        Verb(
+            "generate",
+            "training text from the full-precision model itself",
+            "Samples text with our own engine, drops duplicates and loops, and writes a directory of tokens for\n"
+            "data.path=. The same command goes on with one that was interrupted.",
+            ("qat generate out=generated", "qat generate out=generated tokens=10000000 sequences=4096 seed=1"),
+            "generate",
         ),
         Verb(
             "configs",

@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +24,7 @@ from qat.engine.loader import ARCHITECTURES
 from qat.formats import compressed_tensors
 from qat.formats.base import digest
 from qat.models import hf
-from qat.nn.kv import check_kv, quantize_kv
-from qat.numerics.qtensor import QuantizedTensor
+from qat.nn.kv import check_kv
 from qat.numerics.recipe import Recipe
 from qat.surgery.convert import apply
 from qat.surgery.match import Plan, match
@@ -46,7 +44,7 @@ class Workbench:
         tokens: Prepared data.
         recipe: Module name to scheme.
         plan: The recipe on this model.
-        windows: Test windows, int64 `[n, seq_len]`.
+        windows: What arms are judged on: windows of the test split, as a rule; int64 `[n, seq_len]`.
         calibration: Calibration batches, of the train split.
     """
 
@@ -73,14 +71,6 @@ class Workbench:
     def prompts(self) -> list[Tensor]:
         """The certificate's prompts as token ids."""
         return [torch.tensor(self.tokenizer(p, add_special_tokens=False)["input_ids"]) for p in self.config["prompts"]]
-
-    def graph(
-        self, model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], folded: Mapping[str, Tensor]
-    ) -> PreTrainedModel:
-        """The graph of an arm: a copy of `model` with what its method found, keys and values as the recipe says."""
-        graph = apply(model, dict(tensors), dict(folded))
-        quantize_kv(graph, self.recipe.kv)
-        return graph
 
     def moved(self, graph: PreTrainedModel) -> PreTrainedModel:
         """A graph on the device; one that shares parameters with the model leaves the model's where they are."""
@@ -126,12 +116,13 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workbench:
+def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str = "test") -> Workbench:
     """Loads everything, and opens the run directory once nothing can be wrong any more.
 
     Args:
         config: A composed config.
         run: The run directory, where it is known already and stays as it is; None: found or made as `resume` says.
+        split: Where the windows are from that arms are judged on.
 
     Raises:
         ValueError: Model, data, recipe and sizes do not fit each other; names the setting to change.
@@ -148,7 +139,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
     model, tokenizer = hf.load(named["name"], named["path"], named["revision"], dtype)
     plan = match(model, recipe)
     for row in plan.rows:
-        if row.weight is not None:
+        if row.weight is not None and config["format"]["name"] != "none":
             compressed_tensors.check_scheme(row.name, row.weight, row.input)
     if recipe.kv is not None:
         check_kv(model, recipe.kv)
@@ -162,9 +153,11 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None) -> Workben
         tokenizer,
         hf.cache_dir() / "tokens",
         config["data"]["path"],
+        config["data"]["extra"],
     )
-    check_servable(model, tokenizer, config)
-    windows = tokens.windows("test", test["seq_len"], test["windows"])
+    if config["format"]["name"] != "none":
+        check_servable(model, tokenizer, config)
+    windows = tokens.windows(split, test["seq_len"], test["windows"])
     batches = calibration(tokens, calib["samples"], calib["seq_len"], calib["batch_size"], calib["seed"])
     known = run is not None
     run = run or RunDir.open(config)

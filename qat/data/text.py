@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,25 +64,46 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def prepare(source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path, path: str | None = None) -> Tokens:
+def prepare(
+    source: Source | None,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    path: str | None = None,
+    extra: Sequence[str] = (),
+) -> Tokens:
     """The tokens of a source, prepared now or found in the cache.
 
     Args:
-        source: Where text comes from.
+        source: Where text comes from; None: from `path`.
         tokenizer: Its eos ends each document.
         cache: A directory in which prepared tokens are kept.
         path: A directory prepared earlier, here or elsewhere; the source is then not read.
+        extra: More such directories: their train splits go on where the train split ends. Their other splits are not
+            used, so what is judged stays what it was.
 
     Raises:
-        ValueError: The directory was made with another tokenizer or is damaged, the tokenizer has no eos, or the
-            training split is empty.
+        ValueError: A directory was made with another tokenizer or is damaged, the tokenizer has no eos, the training
+            split is empty, or there is neither source nor path.
     """
     digest = tokenizer_digest(tokenizer)
-    if path is not None:
-        tokens = load(Path(path).expanduser())
-        if tokens.tokenizer != digest:
-            raise ValueError(f"data.path={path}: made with another tokenizer than this model's; prepare it again")
+    tokens = _prepared(source, tokenizer, digest, cache) if path is None else _opened("data.path", path, digest)
+    if not extra:
         return tokens
+    trains = [_opened("data.extra", more, digest).streams["train"] for more in extra]
+    streams = tokens.streams | {"train": np.concatenate([tokens.streams["train"], *trains])}
+    return Tokens(tokens.path, fingerprint(streams), digest, streams)
+
+
+def _opened(key: str, path: str, digest: str) -> Tokens:
+    tokens = load(Path(path).expanduser())
+    if tokens.tokenizer != digest:
+        raise ValueError(f"{key}={path}: made with another tokenizer than this model's; prepare it again")
+    return tokens
+
+
+def _prepared(source: Source | None, tokenizer: PreTrainedTokenizerBase, digest: str, cache: Path) -> Tokens:
+    if source is None:
+        raise ValueError("data.path: null; `qat generate out=DIR` makes a directory of tokens for it")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token; documents are joined by it")
 
@@ -95,7 +117,7 @@ def prepare(source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path, pat
         streams = {split: encode(documents[split], tokenizer) for split in SPLITS}
         if not len(streams["train"]):
             raise ValueError(f"data.source {source}: the training split is empty")
-        _save(target, streams, {"source": type(source).__name__, **asdict(source)}, digest)
+        save(target, streams, {"source": type(source).__name__, **asdict(source)}, digest)
     return load(target)
 
 
@@ -118,12 +140,12 @@ def load(path: Path) -> Tokens:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         streams = {split: _stream(path / f"{split}.npy") for split in SPLITS}
     except (OSError, ValueError) as error:
-        raise ValueError(f"data.path={path}: not a directory of prepared tokens ({error})") from None
+        raise ValueError(f"{path}: not a directory of prepared tokens ({error})") from None
     known = [manifest.get(key) for key in ("fingerprint", "tokenizer")] if isinstance(manifest, dict) else [None]
     if not all(isinstance(value, str) for value in known):
-        raise ValueError(f"data.path={path}: manifest.json names no fingerprint or no tokenizer; copy it again")
+        raise ValueError(f"{path}: manifest.json names no fingerprint or no tokenizer; copy it again")
     if (found := fingerprint(streams)) != manifest["fingerprint"]:
-        raise ValueError(f"data.path={path}: the tokens are not those that were prepared ({found[:12]}); copy it again")
+        raise ValueError(f"{path}: the tokens are not those that were prepared ({found[:12]}); copy it again")
     return Tokens(path, found, manifest["tokenizer"], streams)
 
 
@@ -146,7 +168,15 @@ def fingerprint(streams: dict[str, np.ndarray]) -> str:
     return sha.hexdigest()
 
 
-def _save(target: Path, streams: dict[str, np.ndarray], source: dict[str, Any], digest: str) -> None:
+def save(target: Path, streams: dict[str, np.ndarray], source: dict[str, Any], digest: str) -> None:
+    """Writes a token directory, whole or not at all; one that lies there is replaced.
+
+    Args:
+        target: The directory.
+        streams: Split to int32 stream.
+        source: Where the tokens come from, JSON; it goes into the manifest.
+        digest: Of the tokenizer: `tokenizer_digest`.
+    """
     part = target.with_name(f".{target.name}.{os.getpid()}")
     part.mkdir(parents=True, exist_ok=True)
     for split, stream in streams.items():

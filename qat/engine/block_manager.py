@@ -42,8 +42,9 @@ class BlockManager:
 
     def allocate(self, sequence: Sequence, length: int) -> None:
         """Gives a sequence the blocks that it lacks to hold its first `length` tokens; ask `can_allocate` before."""
-        assert self.can_allocate(sequence, length)
-        for _ in range(self.num_missing(sequence, length)):
+        missing = self.num_missing(sequence, length)
+        assert missing <= len(self._free)
+        for _ in range(missing):
             block = self._free.popleft()
             assert self._references[block] == 0
             self._references[block] = 1

@@ -92,6 +92,7 @@ class SamplingParams:
     Attributes:
         max_tokens: Tokens to generate at most.
         temperature: 0 is greedy, and then nothing below applies but the ends.
+        greedy_tokens: The output begins with so many greedy tokens before any is drawn.
         top_k: Keep the k likeliest tokens; -1: all.
         top_p: Keep the likeliest tokens that together reach this probability.
         min_p: Keep tokens at least this likely, relative to the likeliest.
@@ -107,6 +108,7 @@ class SamplingParams:
 
     max_tokens: int = 256
     temperature: float = 0.0
+    greedy_tokens: int = 0
     top_k: int = -1
     top_p: float = 1.0
     min_p: float = 0.0
@@ -119,6 +121,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _integer("max_tokens", self.max_tokens, 1)
         _number("temperature", self.temperature, 0, math.inf, "a finite number, 0 (greedy) or more")
+        _integer("greedy_tokens", self.greedy_tokens, 0)
         _integer("top_k", self.top_k, -1)
         if self.top_k == 0:
             raise ValueError("top_k=0: expected -1 (all tokens) or a positive number of tokens")

@@ -8,8 +8,7 @@ later ends it alone.
 import threading
 from collections import Counter
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ class Runner(Protocol):
         """fp32 logits `[n, V]` of hidden states `[n, H]`."""
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What a step did for one request.
 
     Attributes:
@@ -130,14 +128,13 @@ class Engine:
                 return []
             self._counts["steps"] += 1
             try:
-                sampled = self._compute(chunks)
+                yielding, sampled = self._compute(chunks)
             except torch.OutOfMemoryError as error:
                 return [self._fail(chunk.sequence, f"out of memory: {error}") for chunk in chunks]
             for chunk in chunks:
                 chunk.sequence.num_computed = chunk.stop
-                self._counts["computed_tokens"] += chunk.stop - chunk.start
-            yielding = (chunk.sequence for chunk in chunks if chunk.yields)
-            return [self._advance(*pair) for pair in zip(list(yielding), sampled, strict=True)]
+            self._counts["computed_tokens"] += sum(chunk.stop - chunk.start for chunk in chunks)
+            return [self._advance(*pair) for pair in zip(yielding, sampled, strict=True)]
 
     def has_unfinished(self) -> bool:
         """Whether a step would have anything to do."""
@@ -226,18 +223,19 @@ class Engine:
                 raise ValueError(f"prompt: {token!r} is not a token id of a vocabulary of {self.vocab_size}")
         return tuple(tokens)
 
-    def _compute(self, chunks: list[Chunk]) -> list[Sampled | None]:
-        """Runs a batch and samples the sequences whose chunk reaches their end."""
+    def _compute(self, chunks: list[Chunk]) -> tuple[list[Sequence], list[Sampled | None]]:
+        """Runs a batch: the sequences whose chunk reaches their end, and what each of them gets."""
         hidden = self.runner.forward(chunks)
-        ends, place = [], 0
+        yielding, ends, place = [], [], 0
         for chunk in chunks:
             place += chunk.stop - chunk.start
             if chunk.yields:
+                yielding.append(chunk.sequence)
                 ends.append(place - 1)
         if not ends:
-            return []
+            return [], []
         logits = self.runner.logits(hidden[torch.tensor(ends, device=hidden.device)])
-        return sampler.sample(logits, [chunk.sequence for chunk in chunks if chunk.yields])
+        return yielding, sampler.sample(logits, yielding)
 
     def _advance(self, sequence: Sequence, sampled: Sampled | None) -> Event:
         """Gives a sequence its next token, and ends it where that is due."""

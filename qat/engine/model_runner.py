@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,19 +41,18 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes chunks, whose blocks are allocated: hidden states `[tokens, N]`, in the chunks' order."""
-        tokens = [token for c in chunks for token in c.sequence.tokens(c.start, c.stop)]
-        positions = [position for c in chunks for position in range(c.start, c.stop)]
-        tables = [c.sequence.block_table for c in chunks]
-        longest = max(map(len, tables))
-        paging = Paging(
-            self._tensor([slot for c in chunks for slot in self._slots(c)]),
-            self._tensor([table + [0] * (longest - len(table)) for table in tables]),
-            [c.stop - c.start for c in chunks],
-            [c.stop for c in chunks],
-            self.caches[0][0].data.shape,
-        )
+        stops = np.array([c.stop for c in chunks])
+        lengths = stops - np.array([c.start for c in chunks])
+        rows = np.repeat(np.arange(len(chunks)), lengths)  # of each token: its chunk, its position, its slot
+        positions = np.arange(len(rows)) + np.repeat(stops - lengths.cumsum(), lengths)
+        tables, size = block_tables([c.sequence.block_table for c in chunks]), self.block_size
+        slots = tables[rows, positions // size] * size + positions % size
+        tokens = list(chain.from_iterable(c.sequence.tokens(c.start, c.stop) for c in chunks))
+        ids, places, written = self._tensor(np.stack([np.array(tokens), positions, slots]))
+        shape = self.caches[0][0].data.shape
+        paging = Paging(written, self._tensor(tables), lengths.tolist(), stops.tolist(), shape)
         with self._precision():
-            return self.model(self._tensor(tokens), self._tensor(positions), paging, self.caches)
+            return self.model(ids, places, paging, self.caches)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -59,12 +60,8 @@ class ModelRunner:
         with self._precision():
             return self.model.logits(hidden)
 
-    def _slots(self, chunk: Chunk) -> list[int]:
-        table, size = chunk.sequence.block_table, self.block_size
-        return [table[p // size] * size + p % size for p in range(chunk.start, chunk.stop)]
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -78,6 +75,14 @@ class ModelRunner:
                 torch.set_float32_matmul_precision(before)
         else:
             yield
+
+
+def block_tables(tables: Sequence[Sequence[int]]) -> np.ndarray:
+    """Tables of different lengths as one array, int64 `[n, longest]`, filled up with 0."""
+    lengths = np.array([len(table) for table in tables])
+    padded = np.zeros((len(tables), lengths.max()), dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = list(chain.from_iterable(tables))
+    return padded
 
 
 def num_blocks(loaded: Loaded, config: EngineConfig) -> int:

@@ -7,14 +7,13 @@ its age through preemption; what it loses are its blocks, which are computed ane
 """
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from qat.engine.block_manager import BlockManager
 from qat.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, eq=False)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens `[start, stop)` of a sequence, to be computed in one step.
 
     Attributes:
@@ -78,11 +77,8 @@ class Scheduler:
                 chunks.append(chunk)
                 budget -= chunk.stop - chunk.start
             place += 1
-        while budget and self.num_preemptions == before and self._can_admit():
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            chunks.append(self._allocate(sequence, min(sequence.num_uncomputed, budget)))
-            budget -= chunks[-1].stop - chunks[-1].start
+        if self.num_preemptions == before:
+            self._admit(chunks, budget)
         return chunks
 
     def _chunk(self, place: int, budget: int) -> Chunk | None:
@@ -92,25 +88,32 @@ class Scheduler:
         if count > 1:  # a prefill leaves room for the younger ones that decode, so that they don't stutter
             decoding = sum(younger.num_uncomputed == 1 for younger in self.running[place + 1 :])
             count = min(count, max(1, budget - decoding))
-        while not self.blocks.can_allocate(sequence, sequence.num_computed + count):
+        stop = sequence.num_computed + count
+        missing = self.blocks.num_missing(sequence, stop)
+        while missing > self.blocks.num_free:
             if self.running[-1] is sequence:
                 return None
             self.preempt()
-        return self._allocate(sequence, count)
+        if missing:
+            self.blocks.allocate(sequence, stop)
+        return Chunk(sequence, stop - count, stop)
 
-    def _can_admit(self) -> bool:
-        """Whether the oldest waiting sequence may run.
+    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        """Lets the oldest that wait run, and adds what they compute to the chunks.
 
-        Its tokens must find room beside the next token of everyone who runs: a sequence that is admitted too early is
+        Their tokens must find room beside the next token of everyone who runs: a sequence that is admitted too early is
         soon preempted, and what it computed is lost.
         """
-        if not self.waiting or len(self.running) >= self.max_num_seqs:
-            return False
-        growth = sum(self.blocks.num_missing(s, len(s) + 1) for s in self.running)
-        head = self.waiting[0]
-        return self.blocks.num_missing(head, len(head)) + growth <= self.blocks.num_free
-
-    def _allocate(self, sequence: Sequence, count: int) -> Chunk:
-        start = sequence.num_computed
-        self.blocks.allocate(sequence, start + count)
-        return Chunk(sequence, start, start + count)
+        blocks, growth = self.blocks, -1  # blocks that those who run need for their next token; -1: not counted yet
+        while budget and self.waiting and len(self.running) < self.max_num_seqs:
+            if growth < 0:
+                growth = sum(blocks.num_missing(s, len(s) + 1) for s in self.running)
+            sequence = self.waiting[0]
+            if blocks.num_missing(sequence, len(sequence)) + growth > blocks.num_free:
+                return
+            self.running.append(self.waiting.popleft())
+            start, stop = sequence.num_computed, min(len(sequence), sequence.num_computed + budget)
+            blocks.allocate(sequence, stop)
+            growth += blocks.num_missing(sequence, len(sequence) + 1)
+            chunks.append(Chunk(sequence, start, stop))
+            budget -= stop - start

@@ -51,7 +51,14 @@ class Sequence:
         """Tokens that are not in the cache yet: 1 while decoding."""
         return len(self) - self.num_computed
 
+    @property
+    def draws(self) -> bool:
+        """Whether its next token is drawn, not the likeliest."""
+        return self.params.temperature > 0 and len(self.output) >= self.params.greedy_tokens
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens `[start, stop)`."""
         edge = len(self.prompt)
+        if start >= edge:
+            return self.output[start - edge : stop - edge]
         return [*self.prompt[start:stop], *self.output[max(0, start - edge) : max(0, stop - edge)]]

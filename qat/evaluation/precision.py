@@ -57,7 +57,7 @@ class _Double(TorchFunctionMode):
         if func is F.linear:
             args, kwargs = [_double(a) for a in args], {key: _double(value) for key, value in kwargs.items()}
         out = func(*args, **kwargs)
-        return _double(out) if func is torch.embedding else out
+        return _double(out) if func is F.embedding else out
 
 
 def _wide(argument: Any) -> Any:

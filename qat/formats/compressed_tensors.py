@@ -39,9 +39,9 @@ from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTenso
 from qat.numerics.grid import IntGrid
 from qat.numerics.kv import KINDS, head_dim, kind_of
 from qat.numerics.packing import num_words, offset, pack, unpack
-from qat.numerics.qtensor import QuantizedTensor, as_integers, integers
+from qat.numerics.qtensor import QuantizedTensor, as_integers
 from qat.numerics.recipe import Recipe, Rule
-from qat.numerics.scheme import E4M3, E8M0, Scheme
+from qat.numerics.scheme import E4M3, E8M0, Scheme, integers
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 LAYOUT_VERSION = "0.20.0"  # the dense bitstream; releases before 0.18 left gaps at 3, 5, 6 and 7 bits

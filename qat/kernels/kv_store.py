@@ -52,20 +52,33 @@ class PagedVectors:
             self.data[block, :, offset], self.scale[block, :, offset] = quantize_kv(x_THD, self.kind)
 
     def read(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """Vectors `[n, head_dim]` in `dtype`.
+        """Vectors `[..., head_dim]` in `dtype`.
+
+        They lie in memory of a rounded size: contexts grow with every step, and memory that was freed is of use for the
+        next one only if it is as large. At most a fifth is spare.
 
         Args:
-            places: int64 `[n]`: `(block * kv_heads + head) * block_size + offset` of each.
+            places: int64 `[...]`: `(block * kv_heads + head) * block_size + offset` of each.
             dtype: What they are widened or dequantized to.
         """
-        data = self.data.view(-1, self.data.shape[-1]).index_select(0, places)
-        if self.kind is None or self.scale is None:
-            return data.to(dtype)
-        return dequantize_kv(data, self.scale.view(-1).index_select(0, places), self.kind, dtype)
+        data = _gathered(self.data.flatten(0, 2), places)
+        if self.kind is not None and self.scale is not None:
+            scale = _gathered(self.scale.view(-1, 1), places)
+            data = dequantize_kv(data, scale.squeeze(-1), self.kind, dtype)
+        return data[: places.numel()].view(*places.shape, -1).to(dtype)
+
+
+def _gathered(rows: Tensor, places: Tensor) -> Tensor:
+    """Rows `[n, C]` at places, and spare ones behind them that hold whatever lay there."""
+    count = places.numel()
+    step = 1 << max(0, count.bit_length() - 3)
+    room = rows.new_empty(-(-count // step) * step, rows.shape[-1])
+    torch.index_select(rows, 0, places.reshape(-1), out=room[:count])
+    return room
 
 
 def kv_store(k_THD: Tensor, v_THD: Tensor, k_cache: PagedVectors, v_cache: PagedVectors, slots: Tensor) -> None:
-    """Writes each token's key and value at its slot; a slot of -1 is not written.
+    """Writes each token's key and value at its slot. Never waits for the device.
 
     Args:
         k_THD: Keys after the rotation, `[T, kv_heads, head_dim]`.
@@ -74,9 +87,6 @@ def kv_store(k_THD: Tensor, v_THD: Tensor, k_cache: PagedVectors, v_cache: Paged
         v_cache: Written in place.
         slots: int64 `[T]`, no slot twice.
     """
-    if bool((slots < 0).any()):
-        kept = slots >= 0
-        k_THD, v_THD, slots = k_THD[kept], v_THD[kept], slots[kept]
     block_size = k_cache.data.shape[2]
     block, offset = slots // block_size, slots % block_size
     k_cache.write(k_THD, block, offset)

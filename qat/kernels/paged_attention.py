@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +29,7 @@ class Paging:
     """Where the tokens of a batch are written, and what they read. One for all layers.
 
     Attributes:
-        slots: Slot of each token, int64 `[T]`; -1: not written.
+        slots: Slot of each token, int64 `[T]`.
         block_tables: Blocks of each sequence, int64 `[S, most blocks]`; entries past a sequence's own are ignored.
         query_lens: Tokens that each sequence brings, in the batch's order; they sum to T.
         context_lens: Tokens that each sequence then has in the cache.
@@ -44,27 +45,24 @@ class Paging:
     @cached_property
     def chunks(self) -> "list[Chunk]":
         """What is computed at once."""
-        starts = [0]
-        for length in self.query_lens:
-            starts.append(starts[-1] + length)
-        buckets: dict[int, list[int]] = {}
-        chunks = []
-        for i, length in enumerate(self.query_lens):
-            if length == 1:
-                buckets.setdefault(self.context_lens[i].bit_length(), []).append(i)
-            elif length > 1:
-                chunks.append(self._prefill(i, starts[i]))
-        return chunks + [self._decode(members, [starts[i] for i in members]) for members in buckets.values()]
+        lengths, contexts = np.array(self.query_lens), np.array(self.context_lens)
+        starts = lengths.cumsum() - lengths
+        chunks = [self._prefill(int(i), int(starts[i])) for i in np.flatnonzero(lengths > 1)]
+        decoding = np.flatnonzero(lengths == 1)
+        buckets = np.frexp(contexts[decoding])[1]  # bits of each length
+        for bucket in np.unique(buckets):
+            members = decoding[buckets == bucket]
+            chunks.append(self._decode(members, starts[members], contexts[members]))
+        return chunks
 
-    def _decode(self, members: list[int], starts: list[int]) -> "Chunk":
-        device = self.slots.device
-        lengths = torch.tensor([self.context_lens[i] for i in members], device=device)
-        longest = max(self.context_lens[i] for i in members)
+    def _decode(self, members: np.ndarray, starts: np.ndarray, contexts: np.ndarray) -> "Chunk":
+        device, longest = self.slots.device, int(contexts.max())
+        lengths, rows, indices = (torch.from_numpy(a).to(device) for a in (contexts, starts, members))
         positions = torch.arange(longest, device=device).expand(len(members), -1)
         valid = positions < lengths[:, None]
-        read = self._vectors(torch.tensor(members, device=device), torch.where(valid, positions, 0))
-        padded = any(self.context_lens[i] < longest for i in members)
-        return Chunk(torch.tensor(starts, device=device), read, valid[:, None, None] if padded else None, 1)
+        padded = bool((contexts < longest).any())
+        read = self._vectors(indices, torch.where(valid, positions, 0) if padded else positions)
+        return Chunk(rows, read, valid[:, None, None] if padded else None, 1)
 
     def _prefill(self, member: int, start: int) -> "Chunk":
         device, length, context = self.slots.device, self.query_lens[member], self.context_lens[member]
@@ -124,8 +122,8 @@ def paged_attention(
 
 def _attend(q: Tensor, k_cache: PagedVectors, v_cache: PagedVectors, chunk: Chunk, scale: float) -> Tensor:
     """Attention of one chunk: its queries `[n * length, heads, head_dim]` -> the same shape."""
-    (n, kv_heads, context), dim = chunk.read.shape, q.shape[-1]
-    k, v = (cache.read(chunk.read.view(-1), q.dtype).view(n, kv_heads, context, dim) for cache in (k_cache, v_cache))
+    (n, kv_heads, _), dim = chunk.read.shape, q.shape[-1]
+    k, v = (cache.read(chunk.read, q.dtype) for cache in (k_cache, v_cache))
     if chunk.length == 1:  # the heads of a group see the same keys: they are the queries of one head
         y = F.scaled_dot_product_attention(q.reshape(n, kv_heads, -1, dim), k, v, chunk.mask, scale=scale)
         return y.reshape(q.shape)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from qat.numerics.affine import dequantize, served
-from qat.numerics.grid import Codebook, IntGrid
 from qat.numerics.levels import code_dtype, decode
-from qat.numerics.scheme import Scheme
+from qat.numerics.scheme import Scheme, integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +71,6 @@ class QuantizedTensor:
         zeros = 0 if self.zero_point is None else self.zero_point.numel() * self.scheme.grid.bits
         zeros += 0 if self.global_scale is None else 32
         return self.codes.numel() * self.scheme.grid.bits + self.scale.numel() * self.scale.element_size() * 8 + zeros
-
-
-def integers(scheme: Scheme) -> Scheme:
-    """The scheme whose integer grid holds the levels of a codebook of integers; any other scheme as it is."""
-    if isinstance(scheme.grid, Codebook) and (bits := scheme.grid.integer_bits) is not None:
-        return replace(scheme, grid=IntGrid(bits))
-    return scheme
 
 
 def as_integers(tensor: QuantizedTensor) -> QuantizedTensor:

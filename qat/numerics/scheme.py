@@ -1,6 +1,6 @@
 """Scheme: how ONE tensor is quantized. Torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import Codebook, FloatGrid, Grid, IntGrid
@@ -71,3 +71,10 @@ class Scheme:
         scale = {E4M3: "_e4m3", E8M0: "_e8m0"}.get(self.scale_dtype or "", "")
         asymmetric, dynamic = "" if self.symmetric else "_asym", "_dynamic" if self.dynamic else ""
         return f"{self.grid}{size}{name}{scale}{asymmetric}{dynamic}"
+
+
+def integers(scheme: Scheme) -> Scheme:
+    """The scheme whose integer grid holds the levels of a codebook of integers; any other scheme as it is."""
+    if isinstance(scheme.grid, Codebook) and (bits := scheme.grid.integer_bits) is not None:
+        return replace(scheme, grid=IntGrid(bits))
+    return scheme

@@ -129,7 +129,7 @@ def _split(tensor: QuantizedTensor, sizes: list[int]) -> list[QuantizedTensor]:
             zero if zero is None else zero.clone(),
             tensor.scheme,
             (*codes.shape,),
-            tensor.global_scale,
+            None if tensor.global_scale is None else tensor.global_scale.clone(),
         )
         for codes, scale, zero in parts
     ]

@@ -85,7 +85,7 @@ def incomparable(runs: list[Run]) -> list[str]:
     for run in runs:
         if run.facts.get("status") != "finished":
             reasons.append(f"{run.name} is not finished")
-        if "export" in run.summary and not run.summary["export"]["verified"]:
+        if "export" in run.summary and run.summary["export"]["verified"] is False:
             reasons.append(f"{run.name}: the export is not verified")
         if run.config.get("choices.experiment") == "smoke":
             reasons.append(f"{run.name} is a smoke run: too short to say anything about quality")

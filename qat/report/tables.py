@@ -63,6 +63,8 @@ def export_lines(export: Mapping[str, Any]) -> list[str]:
     def mark(value: bool | None) -> str:
         return {True: "yes", False: "NO", None: "not checked"}[value]
 
+    if export["path"] is None:
+        return ["not exported (format=none), so nothing is proved of a file; the codes are those that training saw"]
     lines = [
         f"train == serve: {'VERIFIED' if export['verified'] else 'NOT VERIFIED'}",
         f"  codes, scales and other tensors are those that were found: {mark(export['codes_equal'])}",
@@ -91,9 +93,9 @@ def warnings(summary: Mapping[str, Any], trained: str = "qat") -> list[str]:
             found.append(
                 f"{name} fell back to round-to-nearest in {count} modules, first {arm['fallbacks'][0]} (marked *)"
             )
-    if (export := summary.get("export")) and not export["verified"]:
+    if (export := summary.get("export")) and export["verified"] is False:
         found.append("the export is not verified: see verify.json beside it")
-    if export and export["fast_path"] and not export["fast_path"]["passed"]:
+    if export and export.get("fast_path") and not export["fast_path"]["passed"]:
         found.append("the engine's fast path is beyond its bound: serve with engine.kernel=reference")
     return found
 

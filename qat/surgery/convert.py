@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from qat.nn.estimators import Clipped
 from qat.nn.fake_quantize import FakeQuantize, Phase
+from qat.nn.kv import quantize_kv
 from qat.nn.linear import compute_dtype
 from qat.nn.observers.base import Observer
 from qat.numerics.qtensor import QuantizedTensor
@@ -78,6 +79,11 @@ def input_scales(model: nn.Module) -> Folded:
     return result
 
 
+def is_input_scale(name: str) -> bool:
+    """Whether an entry of `folded` belongs to a calibrated input, and is no parameter of the model."""
+    return name.rpartition(".")[2] in ("input_scale", "input_zero_point", "input_global_scale")
+
+
 @torch.no_grad()
 def quantize_inputs(model: nn.Module, recipe: Recipe, folded: Folded, observer: Observer | None = None) -> None:
     """Fake-quantizes, in place, the inputs of every plain linear that the recipe says, with the scales of `folded`.
@@ -121,17 +127,18 @@ def apply(
         tensors: Module name to quantized weight.
         folded: Parameter name to changed tensor.
         dtype: Dtype of the weights; None keeps the model's.
-        recipe: Its input schemes are applied as well; None: weights only.
+        recipe: Its schemes of inputs, keys and values are applied as well; None: weights only.
     """
     shared = {id(p): p for p in model.parameters()} | {id(b): b for b in model.buffers()}
     result = copy.deepcopy(model, memo=dict(shared))
     for name, tensor in tensors.items():
         _replace(result, f"{name}.weight", tensor.dequantize(dtype or model.get_parameter(f"{name}.weight").dtype))
     for name, value in folded.items():
-        if not name.rpartition(".")[2].startswith("input_"):
+        if not is_input_scale(name):
             _replace(result, name, value)
     if recipe is not None:
         quantize_inputs(result, recipe, folded)
+        quantize_kv(result, recipe.kv)
     return result
 
 

@@ -40,6 +40,20 @@ def test_user_directories_are_searched_even_with_odd_names(tree, tmp_path):
     assert compose("run", Overrides(["model=tiny"]), Tree((*tree.roots, odd))).model.name == "tiny"
 
 
+def test_a_file_composes_like_an_option_of_its_group(tree, tmp_path):
+    """It may extend packaged options, and overrides of its keys come after it."""
+    file = tmp_path / "odd name, mine.yaml"
+    file.write_text("defaults:\n  - w4\n  - _self_\nrules: {linears: {weight: {grid: {bits: 2}}}}\n")
+    overrides = Overrides(["recipe='odd name, mine'", "++recipe.rules.linears.match=x"])
+    overrides.files["recipe/odd name, mine"] = file
+    config, problems = plain(compose("run", overrides, tree))
+    assert problems == []
+    assert config["choices"]["recipe"] == "odd name, mine"
+    linears = config["recipe"]["rules"]["linears"]
+    assert (linears["weight"]["grid"]["bits"], linears["match"]) == (2, "x")
+    assert linears["weight"]["granularity"]["group_size"] == 16
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -35,6 +35,11 @@ def nested(path, value):
         ("prompts", [["a", "b", "c"]], [[], ["a", "b"], ["a", "b", ""], "a", [1, 2, 3]]),
         ("certificate.new_tokens", [32, 64], [31, 0]),
         ("split", ["test", "validation"], ["train"]),
+        ("budget", [3.25, 3], [0, -1, "a", None]),
+        ("bits", [[2, 8], [4, 3, 2]], [[4], [2, 9], [1, 2], [2, 2], [2, 3.5], 4, None]),
+        ("unit", ["linear", "stage", "block", "kind"], ["layer", None]),
+        ("metric", ["kl", "nll"], ["ppl"]),
+        ("measured", [None, "latest"], ["", 3]),
         ("logger.wandb.mode", ["auto", "online"], ["dryrun"]),
     ],
 )

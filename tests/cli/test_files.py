@@ -51,6 +51,22 @@ def test_a_recipe_that_matches_nothing_is_refused(model):
     assert text.startswith("recipe.rules: no rule with a weight scheme matches a linear of the model, such as model.")
 
 
+def test_a_budget_is_held_to_the_models_linears(model):
+    config = model | {"bits": [3, 2], "budget": 3.0, "export": {"dtype": "bfloat16"}}
+    assert said(config, recipe(".*_proj", PerGroup(16))) == []
+    (text,) = said(config | {"budget": 2.9}, recipe(".*_proj", PerGroup(16)))  # 2 bits and 16 for each group of 16
+    assert text.startswith("budget: 2.9 bits per quantized weight are less than the smallest width takes; ")
+    assert text.endswith("from 3 to 4, scales included")
+    (text,) = said(config | {"export": {"dtype": "float32"}}, recipe(".*_proj", PerGroup(16)))
+    assert "from 4 to 5" in text
+    (text,) = said(config | {"budget": 4.1}, recipe(".*_proj", PerGroup(16)))
+    assert "more than the largest" in text
+    for other in ({"budget": "a"}, {"bits": [2]}, {"budget": None}):  # others' business
+        assert said(config | other, recipe(".*_proj", PerGroup(16))) == []
+    (text,) = said(config, recipe(".*_proj", PerGroup(32)))
+    assert "does not divide" in text
+
+
 def test_a_model_that_is_none_is_said(tmp_path):
     (text,) = said({"model": {"name": "x", "path": str(tmp_path)}})
     assert text.startswith("model.path: ")

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from qat.cli.compose import compose
@@ -70,6 +72,45 @@ def test_all_problems_at_once_and_the_rest_still_composes(run, tree):
     found = sort_overrides(run, ["nonsense", "recipe=w5", "seed=3"], tree)
     assert len(found.problems) == 2
     assert compose("run", found, tree).seed == 3
+
+
+def test_an_option_may_be_a_file(run, tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mixed_3.25.yaml").write_text("a: 1\n")
+    found = sort_overrides(run, ["recipe=mixed_3.25.yaml"], tree)
+    assert found.problems == []
+    assert found.lines == ["recipe='mixed_3.25'"]
+    assert found.files == {"recipe/mixed_3.25": Path("mixed_3.25.yaml")}
+
+
+def test_a_file_never_takes_the_name_of_another_option(run, tree, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "sgd.yaml").write_text("lr: 1\n")
+    texts = [f"method@arms.{folder}={tmp_path}/{folder}/sgd.yaml" for folder in ("a", "b")]
+    found = sort_overrides(run, texts, tree)
+    assert found.lines == ["+method@arms.a='my_sgd'", "+method@arms.b='my_my_sgd'"]
+    assert found.files == {"method/my_sgd": tmp_path / "a/sgd.yaml", "method/my_my_sgd": tmp_path / "b/sgd.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("recipe=./w4.yaml", "recipe=./w4.yaml: no such file"),
+        ("recipe=/nowhere/w4.yaml", "recipe=/nowhere/w4.yaml: no such file"),
+        ("recipe=w3.yaml", "recipe=w3.yaml: no such option (there are: w3, w4)"),
+        ("experiment=./quick.yaml", "experiment=./quick.yaml: no such option"),
+    ],
+)
+def test_a_file_that_is_not_there_or_cannot_be_one(run, tree, text, words):
+    (problem,) = problems(run, tree, text)
+    assert problem.startswith(words)
+
+
+def test_a_file_that_is_no_mapping(run, tree, tmp_path):
+    (tmp_path / "x.yaml").write_text("- 1\n")
+    (problem,) = problems(run, tree, f"recipe={tmp_path}/x.yaml")
+    assert problem.endswith("expected a mapping, found list")
 
 
 @pytest.mark.parametrize("text", ["/a b/c", "it's", "a,b=c", "x\\", "\\'", "$no", "[1", "'quoted'"])

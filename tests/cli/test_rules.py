@@ -2,7 +2,7 @@ import pytest
 
 from qat.cli.rules import check_rules
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from qat.numerics.grid import IntGrid
+from qat.numerics.grid import Codebook, IntGrid
 from qat.numerics.kv import KINDS
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
@@ -68,6 +68,14 @@ def test_what_fits_or_is_broken_otherwise_passes(config):
 def test_recipes_that_quantize_no_weight(rule, words):
     (text,) = said({}, Recipe({"a": rule}))
     assert text.startswith(words)
+
+
+def test_widths_are_chosen_on_integer_grids():
+    assert said({"bits": [2, 4]}, Recipe({"a": Rule(".*", GOOD), "b": Rule("x", None)})) == []
+    recipe = Recipe({"a": Rule(".*", GOOD), "b": Rule("x", Scheme(Codebook("nf4"), PerGroup(16)))})
+    (text,) = said({"bits": [2, 4]}, recipe)
+    assert text == "recipe.rules.b.weight.grid: nf4_g16: only integer grids have widths to choose from"
+    assert said({}, recipe) == []
 
 
 @pytest.mark.parametrize(

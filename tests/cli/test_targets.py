@@ -25,7 +25,7 @@ def test_a_good_node_has_no_problem():
     [
         ({"symetric": True}, "a.symetric: no such argument; did you mean symmetric?"),
         ({"symmetric": 1}, "a.symmetric: expected true or false, found 1"),
-        ({"grid": 4}, "a.grid: expected a mapping with the _target_ of a IntGrid, found 4"),
+        ({"grid": 4}, "a.grid: expected a mapping with the _target_ of a IntGrid or FloatGrid or Codebook, found 4"),
         ({"_args_": [1]}, "a._args_: not used here; arguments are given by name"),
         ({"_partail_": True}, "a._partail_: not used here; did you mean _partial_?"),
         ({"_partial_": "yes"}, "a._partial_: expected true or false"),

@@ -115,3 +115,27 @@ def test_the_manifest_says_where_the_tokens_come_from(tmp_path):
     manifest = json.loads((data.path / "manifest.json").read_text())
     assert manifest["source"] == {"source": "Fixed", "text": "hello"}
     assert manifest["tokens"] == {"train": 8, "validation": 3, "test": 2}
+
+
+def test_extra_directories_go_on_where_train_ends(tmp_path):
+    base, more = tokens(tmp_path / "a", train=100, held_out=20), tokens(tmp_path / "b", train=300, held_out=60)
+    both = prepare(None, byte_tokenizer(), tmp_path, str(base.path), [str(more.path), str(base.path)])
+    assert both.streams["train"].tolist() == [
+        *base.streams["train"].tolist(),
+        *more.streams["train"].tolist(),
+        *base.streams["train"].tolist(),
+    ]
+    assert both.streams["test"].tolist() == base.streams["test"].tolist()
+    assert both.fingerprint == fingerprint(both.streams) != base.fingerprint
+    joined = prepare(Fixed(), byte_tokenizer(), tmp_path, extra=[str(more.path)])
+    assert len(joined.streams["train"]) == 8 + 300
+    other = byte_tokenizer()
+    other.add_tokens(["<x>"])
+    foreign = prepare(Fixed(), other, tmp_path).path
+    with pytest.raises(ValueError, match=r"data\.extra=.*: made with another tokenizer"):
+        prepare(None, byte_tokenizer(), tmp_path, str(base.path), [str(foreign)])
+
+
+def test_without_a_source_a_path_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.path: null; `qat generate out=DIR` makes"):
+        prepare(None, byte_tokenizer(), tmp_path)

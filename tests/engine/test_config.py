@@ -13,6 +13,7 @@ BAD_PARAMS = [
     *(("temperature", v) for v in (math.nan, math.inf, -math.inf, -0.1, True, "1", None, 10**400)),
     *(("top_p", v) for v in (0, 0.0, -0.1, 1.01, math.nan, True, "0.9")),
     *(("top_k", v) for v in (0, -2, -5, 1.5, True, None)),
+    *(("greedy_tokens", v) for v in (-1, 1.0, True, None)),
     *(("min_p", v) for v in (-0.1, 2, math.nan, False, None)),
     *(("max_tokens", v) for v in (0, -1, 1.0, True, None, "5")),
     *(("seed", v) for v in (2**63, -(2**63) - 1, 1.0, True, "0")),

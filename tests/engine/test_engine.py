@@ -57,7 +57,8 @@ def alone(prompt: tuple[int, ...], params: SamplingParams, count: int) -> list[i
         token = int(row.argmax())
         if params.temperature > 0:
             assert params.seed is not None
-            token = sampler.draw(sampler.filtered(row, params), sampler.uniform(params.seed, len(tokens)))
+            u = sampler.uniforms([params.seed], [len(tokens)])
+            token = int(sampler.draw(sampler.filtered(row[None], [params]), u))
         tokens.append(token)
     return tokens[len(prompt) :]
 

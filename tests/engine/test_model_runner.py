@@ -9,7 +9,7 @@ import torch
 
 from qat.engine.config import EngineConfig, SamplingParams
 from qat.engine.loader import load
-from qat.engine.model_runner import ModelRunner, num_blocks
+from qat.engine.model_runner import ModelRunner, block_tables, num_blocks
 from qat.engine.scheduler import Chunk
 from qat.engine.sequence import Sequence
 from qat.nn.kv import quantize_kv
@@ -94,3 +94,7 @@ def test_the_reference_keeps_its_precision(saved: Callable) -> None:
         finally:
             torch.set_float32_matmul_precision(before)
     assert seen == ["highest", "high"]
+
+
+def test_tables_are_filled_up() -> None:
+    assert block_tables([[3, 1], [2], [9, 8, 7]]).tolist() == [[3, 1, 0], [2, 0, 0], [9, 8, 7]]

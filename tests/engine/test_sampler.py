@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from qat.engine import sampler
 from qat.engine.config import SamplingParams
-from qat.engine.sampler import HEAD, draw, filtered, sample, uniform
+from qat.engine.sampler import HEAD, draw, filtered, sample, uniforms
 from qat.engine.sequence import Sequence
 
 ROW = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
@@ -45,21 +46,21 @@ FILTERS = [
 @pytest.mark.parametrize("params", FILTERS, ids=str)
 def test_filters_mean_what_they_say(params: dict[str, Any]) -> None:
     full = {"top_k": -1, "top_p": 1.0, "min_p": 0.0} | params
-    probs = filtered(ROW, SamplingParams(**params))
+    probs = filtered(ROW[None], [SamplingParams(**params)])[0]
     torch.testing.assert_close(probs / probs.sum(), torch.tensor(by_hand(ROW, **full), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("params", FILTERS, ids=str)
 def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     """Chi-square over 20 000 seeded draws; the bound is four standard deviations above its mean."""
-    probs = filtered(ROW, SamplingParams(**params))
-    heaped = torch.tensor([uniform(11, position) for position in range(20_000)], dtype=torch.float64)
+    probs = filtered(ROW[None], [SamplingParams(**params)])[0]
+    heaped = uniforms([11] * 20_000, range(20_000))
     counts = torch.zeros(len(ROW), dtype=torch.float64)
     shares = probs.cumsum(0) / probs.sum()
     for token in torch.searchsorted(shares, heaped, right=True).tolist():
         counts[token] += 1
-    for position in range(0, 20_000, 997):  # the fast count above is what draw does
-        assert draw(probs, uniform(11, position)) == int(torch.searchsorted(shares, heaped[position], right=True))
+    some = heaped[::997].contiguous()  # the fast count above is what draw does
+    assert torch.equal(draw(probs.expand(len(some), -1), some), torch.searchsorted(shares, some, right=True))
     expected = probs / probs.sum() * 20_000
     assert bool((counts[expected == 0] == 0).all())
     seen = expected > 5
@@ -71,7 +72,7 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
 def test_a_large_vocabulary_gives_the_same_nucleus() -> None:
     row = torch.randn(8 * HEAD, generator=torch.Generator().manual_seed(0)) * 0.1  # flat: the nucleus is beyond HEAD
     for top_p in (0.01, 0.5, 0.999):
-        probs = filtered(row, SamplingParams(temperature=1.0, top_p=top_p))
+        probs = filtered(row[None], [SamplingParams(temperature=1.0, top_p=top_p)])[0]
         expected = by_hand(row, 1.0, -1, top_p, 0.0) if top_p < 0.1 else None
         share = float(probs.sum())
         assert top_p <= share < top_p + 1e-3
@@ -80,25 +81,46 @@ def test_a_large_vocabulary_gives_the_same_nucleus() -> None:
 
 
 def test_uniform_is_uniform_and_stateless() -> None:
-    values = torch.tensor([uniform(seed, position) for seed in range(40) for position in range(250)])
+    values = uniforms([seed for seed in range(40) for _ in range(250)], [*range(250)] * 40)
     assert 0 <= float(values.min()) < float(values.max()) < 1
-    counts = torch.histc(values, 50, 0, 1)
+    counts = torch.histc(values.float(), 50, 0, 1)
     assert float(((counts - 200) ** 2 / 200).sum()) < 49 + 4 * math.sqrt(98)
-    assert uniform(5, 7) == uniform(5, 7) != uniform(7, 5)
-    assert uniform(-(2**63), 0) != uniform(2**63 - 1, 0)
+    pairs = [(5, 7), (7, 5), (-(2**63), 0), (2**63 - 1, 0), (-1, 2**40)]
+    one_by_one = [float(uniforms([seed], [position])) for seed, position in pairs]
+    assert uniforms(*zip(*pairs, strict=True)).tolist() == one_by_one
+    assert one_by_one == [by_definition(*pair) for pair in pairs]
+
+
+def by_definition(seed: int, position: int) -> float:
+    """Two rounds of splitmix64 in Python's integers."""
+    mask = 2**64 - 1
+
+    def splitmix(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) & mask
+        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & mask
+        return x ^ x >> 31
+
+    return (splitmix(splitmix(seed & mask) ^ (position * 0x9E3779B97F4A7C15 & mask)) >> 11) * 2.0**-53
 
 
 @pytest.mark.parametrize("u", [0.0, 0.5, math.nextafter(1, 0)])
 def test_draw_never_takes_a_filtered_token(u: float) -> None:
     probs = torch.tensor([0.0, 0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
-    assert draw(probs, u) in (2, 4)
-    assert draw(torch.tensor([0.0, 1e-300, 0.0], dtype=torch.float64), u) == 1
+    at = torch.tensor([u], dtype=torch.float64)
+    assert draw(probs[None], at).item() in (2, 4)
+    assert draw(torch.tensor([[0.0, 1e-300, 0.0]], dtype=torch.float64), at).item() == 1
 
 
-def test_neighbours_change_nothing() -> None:
+@pytest.mark.parametrize("at_once", [512, 2])
+def test_neighbours_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "ROWS", at_once)
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(7, 300, generator=generator) * 3
-    sequences = [sequence(i + 1, temperature=i * 0.4, seed=i, top_p=0.9, logprobs=2) for i in range(7)]
+    filters = [{}, {"top_k": 9}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.5}, {"greedy_tokens": 2}, {}]
+    sequences = [
+        sequence(i + 1, temperature=i * 0.4, seed=i, logprobs=2 if i % 2 else None, **filters[i]) for i in range(7)
+    ]
     together = sample(rows, sequences)
     for i in range(7):
         assert sample(rows[i : i + 1], sequences[i : i + 1]) == [together[i]]
@@ -114,6 +136,32 @@ def test_greedy_is_argmax_and_a_tiny_temperature_agrees() -> None:
             (sampled,) = sample(ROW[None], [sequence(temperature=temperature, seed=seed)])
             assert sampled is not None
             assert sampled.token == best
+
+
+def test_rows_have_filters_of_their_own() -> None:
+    params = [SamplingParams(**filters) for filters in FILTERS]
+    together = filtered(ROW.expand(len(params), -1), params)
+    for row, own in zip(together, params, strict=True):
+        assert torch.equal(row, filtered(ROW[None], [own])[0])
+
+
+def test_the_first_tokens_are_greedy_where_asked() -> None:
+    mixed = sequence(temperature=1.0, seed=4, greedy_tokens=3)
+    said = []
+    for _ in range(6):
+        (sampled,) = sample(ROW[None], [mixed])
+        assert sampled is not None
+        said.append(sampled.token)
+        mixed.output.append(sampled.token)
+    assert said[:3] == [int(ROW.argmax())] * 3
+    plain = sequence(temperature=1.0, seed=4)
+    plain.output += said[:3]
+    for token in said[3:]:  # the draws are those of a sequence that never was greedy
+        (sampled,) = sample(ROW[None], [plain])
+        assert sampled is not None
+        assert sampled.token == token
+        plain.output.append(token)
+    assert said[3:] != [int(ROW.argmax())] * 3
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])

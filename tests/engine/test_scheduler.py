@@ -102,6 +102,14 @@ def test_admission_leaves_the_others_room_to_grow() -> None:
     assert [c[0] for c in step(scheduler)] == [1]
 
 
+def test_those_admitted_together_leave_each_other_room_to_grow() -> None:
+    scheduler = make(num_blocks=4, block_size=2)
+    add(scheduler, 0, 4)
+    add(scheduler, 1, 4)
+    assert [c[0] for c in step(scheduler)] == [0]  # both prompts would fit, and no token more
+    assert scheduler.num_preemptions == 0
+
+
 def test_removal_frees_from_either_queue() -> None:
     scheduler = make(seats=1)
     first, second = add(scheduler, 0, 5), add(scheduler, 1, 5)

@@ -14,6 +14,16 @@ def test_tokens_across_prompt_and_output() -> None:
     assert len(sequence) == 5
 
 
+def test_draws_once_the_greedy_tokens_are_said() -> None:
+    sequence = Sequence(0, (1, 2, 3), SamplingParams(temperature=1.0, greedy_tokens=2), max_len=9)
+    said = []
+    for token in range(4):
+        said.append(sequence.draws)
+        sequence.output.append(token)
+    assert said == [False, False, True, True]
+    assert not Sequence(0, (1,), SamplingParams(temperature=0.0), max_len=9).draws
+
+
 def test_counts_what_is_left_to_compute() -> None:
     sequence = Sequence(0, (1, 2, 3), SamplingParams(), max_len=9)
     assert sequence.num_uncomputed == 3

@@ -5,33 +5,17 @@ import shutil
 import pytest
 import torch
 from tiny import scheme
+from tiny_grids import DTYPES, OTHERS, bits, thousand_seeds
 
 from qat.kernels.fake_quant import _fake_quantize, fake_quantize, grid_of, served_scale, served_zero, watch
 from qat.numerics.affine import dequantize, divisor, quantize, rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from qat.numerics.grid import CODEBOOKS, Codebook, FloatGrid, IntGrid
+from qat.numerics.grid import Codebook, FloatGrid, IntGrid
 from qat.numerics.scheme import Scheme
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SEEDS = 1000
-
-
-def bits(x):
-    return x.view({4: torch.int32, 2: torch.int16}[x.element_size()])
 
 
 def op(x, scale, zero, grid, dtype, step=None, g=None):
     return fake_quantize(x, scale, grid, dtype, log_step=step, zero_point=zero, global_scale=g)[0]
-
-
-def thousand_seeds(rows=4, columns=32):
-    """A thousand random matrices, stacked, of widely different sizes, some all zero."""
-    x = torch.cat([
-        torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed % 9 - 6)
-        for seed in range(SEEDS)
-    ])  # fmt: skip
-    x[::97] = 0
-    return x
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,19 +30,6 @@ def test_law_b_over_a_thousand_seeds(granularity, symmetric, dtype):
             codes, scale, zero = rtn(x, s, storage)
             expected = dequantize(codes, scale, zero, dtype)
             assert torch.equal(bits(op(x, scale, zero, s.grid, dtype)), bits(expected)), (width, storage)
-
-
-OTHERS = {
-    **{f"{g}_{n}": Scheme(Codebook(n), g) for n in CODEBOOKS for g in (PerChannel(), PerGroup(16))},
-    "fp8_channel": Scheme(FloatGrid("e4m3"), PerChannel()),
-    "fp8_tensor": Scheme(FloatGrid("e4m3"), PerTensor(), scale_dtype="float32"),
-    "fp8_token": Scheme(FloatGrid("e4m3"), PerToken(), dynamic=True),
-    "int8_token_vllm": Scheme(IntGrid(8), PerToken(), dynamic=True, convention="vllm"),
-    "fp4_group": Scheme(FloatGrid("e2m1"), PerGroup(16)),
-    "nvfp4": Scheme(FloatGrid("e2m1"), PerGroup(16), scale_dtype="float8_e4m3fn"),
-    "mxfp4": Scheme(FloatGrid("e2m1"), PerGroup(32), scale_dtype="float8_e8m0fnu"),
-    "mxfp8": Scheme(FloatGrid("e4m3"), PerGroup(32), scale_dtype="float8_e8m0fnu"),
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,3 +154,25 @@ def test_a_watcher_sees_eager_and_compiled_calls():
 @pytest.mark.parametrize("grid", [IntGrid(3), FloatGrid("e4m3"), FloatGrid("e2m1"), Codebook("nf4")], ids=str)
 def test_a_grid_comes_back_from_its_name(grid):
     assert grid_of(str(grid)) == grid
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_rounds_as_a_cpu_does_eager_and_compiled(dtype):
+    """Every grid, a thousand seeds, learned steps included: exp is the one function that may differ, so it is given."""
+    x = thousand_seeds()
+    integers = {
+        f"int{b}{'' if s else '_asym'}": Scheme(IntGrid(b), PerGroup(16), s) for b in (2, 3, 4, 8) for s in (1, 0)
+    }
+    for name, s in {**OTHERS, **integers}.items():
+        g = divisor((x,), s)
+        _, scale, zero = rtn(x, s, torch.bfloat16, g)
+        expected = op(x, scale, zero, s.grid, dtype, g=g)
+        parts = [None if t is None else t.cuda() for t in (x, scale, zero, g)]
+        assert torch.equal(bits(op(*parts[:3], s.grid, dtype, g=parts[3])).cpu(), bits(expected)), name
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda *p, s=s: op(*p[:3], s.grid, dtype, g=p[3]))
+        assert torch.equal(bits(compiled(*parts)).cpu(), bits(expected)), f"{name}, compiled"
+        found = [t if t is None else t.cpu() for t in rtn(parts[0], s, torch.bfloat16, parts[3])]
+        for ours, theirs in zip(rtn(x, s, torch.bfloat16, g), found, strict=True):
+            assert ours is None or torch.equal(ours.float(), theirs.float()), name

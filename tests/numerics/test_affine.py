@@ -129,3 +129,29 @@ def test_round_scale_never_gives_zero():
     scales = torch.tensor([1e-45, 1e-30, 1.0])
     for dtype in DTYPES:
         assert bool((round_scale(scales, dtype) > 0).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("mapping", ["SYMMETRIC", "ASYMMETRIC"])
+def test_torchaos_codes_mean_the_same_and_differ_from_ours_on_ties_alone(bits, mapping):
+    """It multiplies by a reciprocal where we divide, which moves a code where x / s is within 2 ulp of a half."""
+    peer = pytest.importorskip("torchao.quantization.quant_primitives")
+    grid, shape, block, moved = IntGrid(bits), (256, 4), (1, 32), 0
+    for seed in range(10):
+        x = torch.randn(256, 128, generator=torch.Generator().manual_seed(seed))
+        ends, dtypes = (
+            (torch.int8, grid.qmin, grid.qmax),
+            {"scale_dtype": torch.float32, "zero_point_dtype": torch.int32},
+        )
+        s, z = peer.choose_qparams_affine(x, peer.MappingType[mapping], block, *ends, **dtypes)
+        theirs, zero = peer.quantize_affine(x, block, s, z, *ends), z.view(shape).to(torch.int8)
+        for dtype in DTYPES:
+            expected = peer.dequantize_affine(theirs, block, s, z, *ends, output_dtype=dtype)
+            assert torch.equal(dequantize(theirs, s.view(shape), zero, dtype), expected)
+        ours = quantize(x, s.view(shape), zero, grid)
+        differs = ours != theirs
+        assert (ours.int() - theirs.int()).abs().max() <= 1
+        u = (x.double().view(*shape, 32) / s.double().view(*shape, 1)).view(x.shape)[differs]
+        assert bool(((u - u.floor() - 0.5).abs() <= 2 * 2.0**-23 * u.abs()).all())
+        moved += int(differs.sum())
+    assert moved <= 0.005 * 10 * x.numel()  # found: 0.5 % at 8 bits, none below

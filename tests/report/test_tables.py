@@ -17,6 +17,7 @@ ARM = {
     "fallbacks": [],
 }
 EXPORT = {
+    "path": "export",
     "verified": True,
     "codes_equal": True,
     "weights_equal": True,
