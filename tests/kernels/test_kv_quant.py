@@ -104,6 +104,19 @@ def test_compiled_equals_eager(kind: str) -> None:
     torch.library.opcheck(fake_quantize_kv, (draw(2, 5, 3, 16).transpose(1, 2), kind))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_rounds_as_a_cpu_does_eager_and_compiled(kind: str, dtype: torch.dtype) -> None:
+    """Scales too, to the last bit: what one device trained, another one serves."""
+    x = draw(50, 400, 64, dtype=dtype)
+    for ours, theirs in zip(quantize_kv(x, kind), quantize_kv(x.cuda(), kind), strict=True):
+        assert torch.equal(ours, theirs.cpu())
+    compiled = torch.compile(lambda x: fake_quantize_kv(x, kind))
+    for run in (fake_quantize_kv, lambda x, _: compiled(x)):
+        assert torch.equal(run(x.cuda(), kind).cpu(), fake_quantize_kv(x, kind))
+
+
 def test_fp8_is_what_compressed_tensors_makes_of_the_scheme_in_the_file() -> None:
     """One group of head_dim elements: its scale for each token and head is absmax / 448, as ours."""
     from qat.formats.compressed_tensors import kv_args
