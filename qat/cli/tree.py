@@ -148,9 +148,17 @@ class Tree:
         return slot.place
 
     def bases(self, name: str) -> list[dict[str, Any]]:
-        """Contents of a config and of the ones it extends, its own last, without their defaults lists."""
-        extended = [(Path(name).parent / entry).as_posix() for entry in self._defaults(name) if isinstance(entry, str)]
-        inherited = [content for base in extended for content in self.bases(base)]
+        """Contents of a config and of the ones it extends, its own last, without their defaults lists.
+
+        An option that takes in another group's, as `/method@place: gptq`, has its contents at that place.
+        """
+        inherited: list[dict[str, Any]] = []
+        for entry in self._defaults(name):
+            if isinstance(entry, str):
+                inherited += self.bases((Path(name).parent / entry).as_posix())
+            elif (key := str(next(iter(entry)))).startswith("/"):
+                group, _, place = key.lstrip("/").partition("@")
+                inherited += [{place: content} for content in self.bases(f"{group}/{entry[key]}")]
         path = self.find(name)
         assert path is not None, name
         return [*inherited, {key: value for key, value in read_yaml(path).items() if key != "defaults"}]

@@ -105,9 +105,17 @@ def prepare(
         model.set_submodule(row.name, QATLinear.from_float(linear, weight, input))
     learns = estimator.learns_scale or input_estimator.learns_scale
     set_phase(model, Phase.LEARN if learns else Phase.FROZEN)
+    prepare_unquantized(model, storage, train_embeddings)
+    return plan
+
+
+def prepare_unquantized(model: nn.Module, storage: torch.dtype, train_embeddings: bool = False) -> None:
+    """Embeddings freeze, unless they train; what else trains unquantized enters the forward rounded to `storage`.
+
+    Of a model without a quantized linear it makes one that is fine-tuned as it will be stored.
+    """
     _freeze_embeddings(model, train_embeddings)
     _round_unquantized(model, storage)
-    return plan
 
 
 def input_fake_quant(

@@ -29,6 +29,12 @@ def test_a_method_that_the_whole_comparison_does_not_have(finish):
     exported(finish("ptq", "method=mse_rtn"), "mse_rtn")
 
 
+def test_block_wise_training_is_a_method_too(finish):
+    run = finish("ptq", "method=blockwise", "method.train=[scales,round]")
+    exported(run, "blockwise")
+    assert (run.path / "checkpoints/blockwise/block-0000.safetensors").is_file()
+
+
 def test_it_finds_what_the_whole_comparison_finds(gptq, finished):
     assert summary(gptq)["arms"]["gptq"]["windows"] == summary(finished)["arms"]["gptq"]["windows"]
 

@@ -29,6 +29,22 @@ def said(config, recipe=None):
             "schedule.freeze: 10 is not below trainer.max_steps=10: the estimator LSQ would never learn",
         ),
         ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas[1]: expected a number from 0 to below 1, found 1.0"),
+        (
+            {"init": {"method": {"_target_": "qat.nn.estimators.LSQ"}}},
+            "init.method._target_: qat.nn.estimators.LSQ is no PTQ",
+        ),
+        (
+            {
+                "schedule": {"start": 0, "freeze": 2},
+                "init": {"method": {"_target_": "qat.ptq.gptq.gptq"}},
+                "choices": {"init": "gptq"},
+            },
+            "schedule.freeze: until step 2 scales follow the weights, and those that init=gptq found are forgotten",
+        ),
+        (
+            {"schedule": {"start": 0, "freeze": 2}, "optim": {"train": "scales"}},
+            "schedule.freeze: until step 2 scales follow the weights, but optim.train=scales has its codes settled",
+        ),
         ({"arms": {"fp": {}}}, "arms.fp: every comparison has an arm of this name"),
         ({"arms": {"a/b": {}}}, "arms.a/b: an arm's name"),
         ({"arms": {"x": {"_target_": "qat.nn.estimators.LSQ"}}}, "arms.x._target_: qat.nn.estimators.LSQ is no PTQ"),
@@ -44,6 +60,8 @@ def test_what_contradicts_is_said(config, words):
     [
         {"schedule": {"start": 0, "freeze": 10}, "trainer": {"max_steps": 10}, "estimator": {"_target_": "x.Clipped"}},
         {"arms": {"gptq_g32": {"_target_": "qat.ptq.gptq.gptq"}}},
+        {"arms": {"blockap": {"_target_": "qat.training.blockwise.blockwise"}}},
+        {"init": {"method": None}, "optim": {"train": "all"}, "schedule": {"start": 0, "freeze": 2}},
         {"schedule": {"start": "a", "freeze": None}, "optim": {"betas": 1}, "arms": 3},  # others' business
     ],
 )

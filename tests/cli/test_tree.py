@@ -62,6 +62,13 @@ def test_bases_come_first_and_without_defaults(tree):
     assert [("_target_" in content, "defaults" in content) for content in contents] == [(True, False), (False, False)]
 
 
+def test_an_option_can_take_in_an_option_of_another_group(user, tree):
+    both = Tree((*tree.roots, user(model__start="# With a method.\ndefaults:\n  - /method@method: sgd\nname: a\n")))
+    taken, own = both.bases("model/start")
+    assert taken == {"method": {"_target_": "torch.optim.SGD", "_partial_": True, "lr": {"cpu": 0.1, "cuda": 0.2}}}
+    assert own == {"name": "a"}
+
+
 def test_numbers_are_read_as_omegaconf_reads_them(packaged):
     assert read_yaml(packaged / "optim/adamw.yaml")["lr"] == 1e-4
 
