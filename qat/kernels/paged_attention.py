@@ -1,11 +1,12 @@
 """Causal attention over a paged cache, for any mix of prefill chunks and decode rows. The reference.
 
-    q [T, heads, head_dim], caches [blocks, kv_heads, block_size, head_dim] -> [T, heads, head_dim]
+    q [T, heads, head_dim], caches of keys and values [blocks, kv_heads, block_size, ...] -> [T, heads, head_dim]
 
 A batch is the tokens of several sequences one after another. Sequence i brings its last `query_lens[i]` tokens; they
 see its first `context_lens[i]` tokens, themselves included, whose keys and values are in the cache already. Vectors are
 gathered slot by slot and only where a token has been written, so nothing that lies in the unused part of a block, NaN
-included, is ever read. The softmax is fp32.
+included, is ever read. Where the cache is quantized they are dequantized as they are gathered, the batch's own tokens
+among them. The softmax is fp32.
 
 Sequences that bring one token are computed together. Their contexts are padded to the longest of a bucket, and buckets
 span a factor of two, so padding can at most double the work. Prefill chunks are computed one by one.
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.kernels.kv_store import PagedVectors
+
 
 @dataclass(frozen=True, eq=False)
 class Paging:
@@ -30,7 +33,7 @@ class Paging:
         block_tables: Blocks of each sequence, int64 `[S, most blocks]`; entries past a sequence's own are ignored.
         query_lens: Tokens that each sequence brings, in the batch's order; they sum to T.
         context_lens: Tokens that each sequence then has in the cache.
-        cache_shape: Shape of a cache.
+        cache_shape: Shape of a cache: its first three axes are blocks, key-value heads and slots of a block.
     """
 
     slots: Tensor
@@ -69,8 +72,8 @@ class Paging:
         return Chunk(torch.arange(start, start + length, device=device), read, mask, length)
 
     def _vectors(self, members: Tensor, positions: Tensor) -> Tensor:
-        """Where the vectors of positions `[n, L]` lie in `cache.view(-1, head_dim)`: `[n, kv_heads, L]`."""
-        _, kv_heads, block_size, _ = self.cache_shape
+        """Where the vectors of positions `[n, L]` lie in a flattened cache: `[n, kv_heads, L]`."""
+        _, kv_heads, block_size = self.cache_shape[:3]
         block = self.block_tables[members[:, None], positions // block_size]
         heads = torch.arange(kv_heads, device=positions.device)[:, None]
         return (block[:, None] * kv_heads + heads) * block_size + (positions % block_size)[:, None]
@@ -93,7 +96,9 @@ class Chunk:
     length: int
 
 
-def paged_attention(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, paging: Paging, scale: float) -> Tensor:
+def paged_attention(
+    q_THD: Tensor, k_cache: PagedVectors, v_cache: PagedVectors, paging: Paging, scale: float
+) -> Tensor:
     """Attention of every token of the batch over its sequence's context.
 
     Args:
@@ -115,10 +120,10 @@ def paged_attention(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, paging: Pag
     return out
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: Chunk, scale: float) -> Tensor:
+def _attend(q: Tensor, k_cache: PagedVectors, v_cache: PagedVectors, chunk: Chunk, scale: float) -> Tensor:
     """Attention of one chunk: its queries `[n * length, heads, head_dim]` -> the same shape."""
     (n, kv_heads, _), dim = chunk.read.shape, q.shape[-1]
-    k, v = (_gathered(cache, chunk.read).to(q.dtype) for cache in (k_cache, v_cache))
+    k, v = (cache.read(chunk.read, q.dtype) for cache in (k_cache, v_cache))
     if chunk.length == 1:  # the heads of a group see the same keys: they are the queries of one head
         y = F.scaled_dot_product_attention(q.reshape(n, kv_heads, -1, dim), k, v, chunk.mask, scale=scale)
         return y.reshape(q.shape)
@@ -126,16 +131,3 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: Chunk, scale: fl
     k, v = (t[0, :, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, chunk.mask, scale=scale)
     return y.permute(2, 0, 1, 3).reshape(chunk.length, -1, dim)
-
-
-def _gathered(cache: Tensor, read: Tensor) -> Tensor:
-    """The vectors that are read, `[n, kv_heads, L, head_dim]`.
-
-    They lie in memory of a rounded size: contexts grow with every step, and memory that was freed is of use for the
-    next one only if it is as large. At most a fifth is spare.
-    """
-    dim, count = cache.shape[-1], read.numel()
-    step = 1 << max(0, count.bit_length() - 3)
-    room = cache.new_empty(-(-count // step) * step, dim)[:count]
-    torch.index_select(cache.view(-1, dim), 0, read.reshape(-1), out=room)
-    return room.view(*read.shape, dim)
