@@ -51,30 +51,32 @@ class PagedVectors:
         else:
             self.data[block, :, offset], self.scale[block, :, offset] = quantize_kv(x_THD, self.kind)
 
-    def read(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """Vectors `[..., head_dim]` in `dtype`.
+    def read(self, places: Tensor, span: int, dtype: torch.dtype) -> Tensor:
+        """Vectors `[..., span, head_dim]` in `dtype`.
 
         They lie in memory of a rounded size: contexts grow with every step, and memory that was freed is of use for the
         next one only if it is as large. At most a fifth is spare.
 
         Args:
-            places: int64 `[...]`: `(block * kv_heads + head) * block_size + offset` of each.
+            places: int64 `[...]`: `((block * kv_heads + head) * block_size + offset) / span` of each span.
+            span: Neighbours that are read together; divides the block size.
             dtype: What they are widened or dequantized to.
         """
-        data = _gathered(self.data.flatten(0, 2), places)
+        shape, vectors = (*places.shape, span), places.numel() * span
+        data = _gathered(self.data, places, span)
         if self.kind is not None and self.scale is not None:
-            scale = _gathered(self.scale.view(-1, 1), places)
+            scale = _gathered(self.scale.unsqueeze(-1), places, span)
             data = dequantize_kv(data, scale.squeeze(-1), self.kind, dtype)
-        return data[: places.numel()].view(*places.shape, -1).to(dtype)
+        return data[:vectors].view(*shape, -1).to(dtype)
 
 
-def _gathered(rows: Tensor, places: Tensor) -> Tensor:
-    """Rows `[n, C]` at places, and spare ones behind them that hold whatever lay there."""
-    count = places.numel()
+def _gathered(cache: Tensor, places: Tensor, span: int) -> Tensor:
+    """Vectors `[n, C]` of the spans at places, and spare ones behind them that hold whatever lay there."""
+    count, size = places.numel(), cache.shape[-1]
     step = 1 << max(0, count.bit_length() - 3)
-    room = rows.new_empty(-(-count // step) * step, rows.shape[-1])
-    torch.index_select(rows, 0, places.reshape(-1), out=room[:count])
-    return room
+    room = cache.new_empty(-(-count // step) * step, span * size)
+    torch.index_select(cache.view(-1, span * size), 0, places.reshape(-1), out=room[:count])
+    return room.view(-1, size)
 
 
 def kv_store(k_THD: Tensor, v_THD: Tensor, k_cache: PagedVectors, v_cache: PagedVectors, slots: Tensor) -> None:

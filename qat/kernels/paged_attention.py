@@ -12,6 +12,7 @@ Sequences that bring one token are computed together. Their contexts are padded 
 span a factor of two, so padding can at most double the work. Prefill chunks are computed one by one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.kernels.kv_store import PagedVectors
+
+SPAN = 8  # tokens gathered at once, where a block has them: 128 bytes each make rows of a kilobyte
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,27 +59,39 @@ class Paging:
         return chunks
 
     def _decode(self, members: np.ndarray, starts: np.ndarray, contexts: np.ndarray) -> "Chunk":
-        device, longest = self.slots.device, int(contexts.max())
+        device = self.slots.device
         lengths, rows, indices = (torch.from_numpy(a).to(device) for a in (contexts, starts, members))
-        positions = torch.arange(longest, device=device).expand(len(members), -1)
-        valid = positions < lengths[:, None]
-        padded = bool((contexts < longest).any())
-        read = self._vectors(indices, torch.where(valid, positions, 0) if padded else positions)
-        return Chunk(rows, read, valid[:, None, None] if padded else None, 1)
+        read, seen, last = self._spans(indices, lengths, int(contexts.max()))
+        every = bool((contexts == seen.shape[-1]).all())
+        return Chunk(rows, read, self.span, None if every else last, None if every else seen[:, None, None], seen, 1)
 
     def _prefill(self, member: int, start: int) -> "Chunk":
         device, length, context = self.slots.device, self.query_lens[member], self.context_lens[member]
-        positions = torch.arange(context, device=device)
-        read = self._vectors(torch.tensor([member], device=device), positions[None])
+        index, lengths = torch.tensor([member], device=device), torch.tensor([context], device=device)
+        read, seen, last = self._spans(index, lengths, context)
+        positions = torch.arange(seen.shape[-1], device=device)
         mask = positions <= torch.arange(context - length, context, device=device)[:, None]
-        return Chunk(torch.arange(start, start + length, device=device), read, mask, length)
+        rows = torch.arange(start, start + length, device=device)
+        return Chunk(rows, read, self.span, last, mask, seen, length)
 
-    def _vectors(self, members: Tensor, positions: Tensor) -> Tensor:
-        """Where the vectors of positions `[n, L]` lie in a flattened cache: `[n, kv_heads, L]`."""
+    @property
+    def span(self) -> int:
+        """Tokens that are gathered at once: a GPU gathers rows, and a row for each token would be a short one."""
+        return math.gcd(SPAN, self.cache_shape[2])
+
+    def _spans(self, members: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What sequences read, in spans: where each lies `[n, kv_heads, S]`, which of its tokens are seen `[n, L]`, and
+        which span holds a sequence's last token `[n]`. Padding repeats a sequence's first span."""
         _, kv_heads, block_size = self.cache_shape[:3]
-        block = self.block_tables[members[:, None], positions // block_size]
-        heads = torch.arange(kv_heads, device=positions.device)[:, None]
-        return (block[:, None] * kv_heads + heads) * block_size + (positions % block_size)[:, None]
+        device, parts = self.slots.device, block_size // self.span
+        spans = torch.arange(-(-longest // self.span), device=device).expand(len(members), -1)
+        last = (lengths - 1) // self.span
+        spans = torch.where(spans <= last[:, None], spans, 0)
+        block = self.block_tables[members[:, None], spans // parts]
+        heads = torch.arange(kv_heads, device=device)[:, None]
+        places = (block[:, None] * kv_heads + heads) * parts + (spans % parts)[:, None]
+        seen = torch.arange(spans.shape[1] * self.span, device=device) < lengths[:, None]
+        return places, seen, last
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +100,32 @@ class Chunk:
 
     Attributes:
         rows: Their places in the batch, `[n * length]`.
-        read: Vectors of the cache that each sequence reads, `[n, kv_heads, L]`; padding repeats its first token's.
-        mask: True where a query sees a key, broadcast over `[n, kv_heads, queries, L]`; None: everywhere.
+        read: Spans of the cache that each sequence reads, `[n, kv_heads, S]`.
+        span: Tokens of a span.
+        last: The span of each sequence's last token, `[n]`; None: every token of every span is seen.
+        mask: True where a query sees a key, broadcast over `[n, kv_heads, queries, S * span]`; None: everywhere.
+        seen: True where a token belongs to its sequence, `[n, S * span]`.
         length: Tokens of each sequence.
     """
 
     rows: Tensor
     read: Tensor
+    span: int
+    last: Tensor | None
     mask: Tensor | None
+    seen: Tensor
     length: int
+
+    def gathered(self, cache: PagedVectors, dtype: torch.dtype) -> Tensor:
+        """Vectors `[n, kv_heads, S * span, head_dim]`; 0 where the last span goes beyond its sequence."""
+        n, kv_heads, spans = self.read.shape
+        vectors = cache.read(self.read, self.span, dtype).view(n, kv_heads, spans, self.span, -1)
+        if self.last is not None:
+            rows = torch.arange(n, device=self.read.device)
+            unwritten = ~self.seen.view(n, spans, self.span)[rows, self.last]
+            tail = vectors[rows, :, self.last]
+            vectors[rows, :, self.last] = tail.masked_fill_(unwritten[:, None, :, None], 0)
+        return vectors.view(n, kv_heads, spans * self.span, -1)
 
 
 def paged_attention(
@@ -123,7 +155,7 @@ def paged_attention(
 def _attend(q: Tensor, k_cache: PagedVectors, v_cache: PagedVectors, chunk: Chunk, scale: float) -> Tensor:
     """Attention of one chunk: its queries `[n * length, heads, head_dim]` -> the same shape."""
     (n, kv_heads, _), dim = chunk.read.shape, q.shape[-1]
-    k, v = (cache.read(chunk.read, q.dtype) for cache in (k_cache, v_cache))
+    k, v = (chunk.gathered(cache, q.dtype) for cache in (k_cache, v_cache))
     if chunk.length == 1:  # the heads of a group see the same keys: they are the queries of one head
         y = F.scaled_dot_product_attention(q.reshape(n, kv_heads, -1, dim), k, v, chunk.mask, scale=scale)
         return y.reshape(q.shape)

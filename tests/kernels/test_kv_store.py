@@ -44,7 +44,7 @@ def test_what_is_read_back_is_what_training_saw(kind: str | None, block_size: in
         kv_store(k[part], v[part], k_cache, v_cache, slots[part])
     where = places(slots, heads, block_size)
     for cache, x in ((k_cache, k), (v_cache, v)):
-        found = cache.read(where, dtype).view(tokens, heads, dim)
+        found = cache.read(where, 1, dtype).view(tokens, heads, dim)
         assert found.dtype == dtype
         assert torch.equal(found, x if kind is None else fake_quantize_kv(x, kind))
 
