@@ -20,6 +20,7 @@ from qat.formats import compressed_tensors
 from qat.formats.base import file_bytes, unquantized_state
 from qat.nn.adapter import LoRA, QLoRA
 from qat.nn.fake_quantize import kept
+from qat.nn.kv import quantize_kv
 from qat.numerics.qtensor import QuantizedTensor
 from qat.surgery.adapt import add_lora, merge, prepare_qlora
 from qat.surgery.calibrate import calibrate
@@ -74,6 +75,7 @@ def static_inputs(bench: Workbench, changes: Changes) -> Folded:
     if any(is_input_scale(name) for name in changes.folded):
         return {}
     graph = apply(bench.judged, changes.tensors, changes.folded)
+    quantize_kv(graph, bench.recipe.kv)
     quantize_inputs(graph, bench.recipe, {}, bench.build("input_observer"))
     calibrate(graph, bench.calibration)
     return input_scales(graph)

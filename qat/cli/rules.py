@@ -9,6 +9,7 @@ from qat.cli.problem import Problem
 from qat.numerics.allocate import at_width
 from qat.numerics.granularity import PerTensor, PerToken
 from qat.numerics.grid import Codebook, IntGrid
+from qat.numerics.kv import kind_of
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import E8M0, integers
 
@@ -29,6 +30,7 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     if isinstance(recipe := built.get("recipe"), Recipe):
         yield from recipe_quantizes(recipe)
         yield from weights(recipe)
+        yield from kv(recipe)
         if "bits" in config:
             yield from widths(recipe)
         yield from estimators(config, recipe)
@@ -153,6 +155,15 @@ def weights(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"{where}.weight.dynamic", "a weight's scale is stored, never dynamic; use dynamic=false")
 
 
+def kv(recipe: Recipe) -> Iterator[Problem]:
+    """A KV cache has one of a few schemes."""
+    try:
+        if recipe.kv is not None:
+            kind_of(recipe.kv)
+    except ValueError as error:
+        yield Problem("recipe.kv", str(error).removeprefix("recipe.kv: "))
+
+
 def widths(recipe: Recipe) -> Iterator[Problem]:
     """Every grid has widths to choose from."""
     for where, rule in _weight_rules(recipe):
@@ -197,5 +208,3 @@ def compressed_tensors(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(rule.weight.granularity, PerTensor) and not rule.weight.symmetric:
             text = f"{carries} with zero points per channel or group, not per tensor; use symmetric=true"
             yield Problem(f"{where}.weight.symmetric", text)
-    if recipe.kv is not None:
-        yield Problem("recipe.kv", f"{carries} only, not the KV cache's scheme {recipe.kv}; use kv=null")

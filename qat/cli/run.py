@@ -11,6 +11,7 @@ from qat.cli.exporting import export, references
 from qat.cli.meter import Meter
 from qat.cli.workbench import Workbench, open_workbench
 from qat.evaluation.recovered import recovered
+from qat.numerics.kv import kind_of
 from qat.report.tables import arms_table, export_lines, recovered_lines, warnings
 from qat.surgery.convert import apply
 from qat.training.loggers import wandb_logger
@@ -88,6 +89,8 @@ def _introduce(bench: Workbench) -> None:
     say(f"device {bench.run.facts['device']}, data {bench.tokens.path.name} {tokens}")
     say(f"calibration {calibrated} tokens, judged on {judged} test tokens in windows of {seq_len}\n")
     print(bench.plan, flush=True)
+    if bench.recipe.kv is not None:
+        say(f"keys and values: {kind_of(bench.recipe.kv)}, a scale for each token and head, in every arm but fp")
 
 
 def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:

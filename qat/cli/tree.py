@@ -11,7 +11,8 @@ import yaml
 
 from qat.cli.problem import ConfigError, Problem, did_you_mean
 
-GLOBAL_HEADER = "# @package _global_"
+PACKAGE_HEADER = "# @package"
+GLOBAL_HEADER = f"{PACKAGE_HEADER} _global_"
 GLOBAL_GROUPS = ("experiment", "debug")  # their options are diffs of the whole config, not a node of it
 
 
@@ -137,6 +138,14 @@ class Tree:
                 slot = Slot(group, place or group.replace("/", "."), option)
                 found[slot.key] = slot
         return list(found.values())
+
+    def target(self, slot: Slot) -> str:
+        """The place that a slot's options really fill: another one, if their header names it."""
+        for path in self.options(slot.group).values():
+            header = path.read_text(encoding="utf-8").partition("\n")[0]
+            if header.startswith(PACKAGE_HEADER) and slot.key == slot.group:
+                return header.removeprefix(PACKAGE_HEADER).strip()
+        return slot.place
 
     def bases(self, name: str) -> list[dict[str, Any]]:
         """Contents of a config and of the ones it extends, its own last, without their defaults lists.

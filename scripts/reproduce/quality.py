@@ -115,7 +115,7 @@ def open_cell(recipe: str, arm: str, seed: int, arguments: argparse.Namespace) -
     """A cell, ready to run."""
     config, problems = validate(VERBS["run"], settings(recipe, arm, seed, arguments), Tree.of([]))
     if problems:
-        raise SystemExit("\n".join(f"{p.where}: {p.text}" for p in problems))
+        raise SystemExit("\n".join(f"{p}" for p in problems))
     return Cell(open_workbench(config), recipe, arm, seed, Path(arguments.json).with_suffix(".fine_tuned"))
 
 

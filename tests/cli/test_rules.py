@@ -3,6 +3,7 @@ import pytest
 from qat.cli.rules import check_rules
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import Codebook, IntGrid
+from qat.numerics.kv import KINDS
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 
@@ -138,13 +139,20 @@ def test_widths_are_chosen_on_integer_grids():
             Recipe({"a": Rule(".*", Scheme(IntGrid(8), PerTensor(), symmetric=False))}),
             "recipe.rules.a.weight.symmetric: format=compressed_tensors packs weights with zero points per channel",
         ),
-        (Recipe({"a": Rule(".*", GOOD)}, kv=GOOD), "recipe.kv: format=compressed_tensors packs weights only"),
     ],
 )
 def test_what_the_format_cannot_carry(recipe, words):
     (text,) = said({"format": {"name": "compressed_tensors"}}, recipe)
     assert text.startswith(words)
     assert said({"format": {"name": "another"}}, recipe) == []
+
+
+def test_caches():
+    for kv in KINDS.values():
+        assert said({"format": {"name": "compressed_tensors"}}, Recipe({"a": Rule(".*", GOOD)}, kv=kv)) == []
+    (text,) = said({}, Recipe({"a": Rule(".*", GOOD)}, kv=Scheme(IntGrid(8), PerTensor())))
+    assert text.startswith("recipe.kv: granularity=PerTensor()")
+    assert "use granularity=PerToken()" in text
 
 
 @pytest.mark.parametrize(

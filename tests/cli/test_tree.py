@@ -28,6 +28,7 @@ def test_groups_and_options(tree):
         "callbacks",
         "debug",
         "experiment",
+        "kv",
         "logger",
         "method",
         "model",
@@ -48,6 +49,12 @@ def test_slots_include_what_a_primary_extends(tree):
     assert slots[0] == Slot("model", "model", "small")
     assert [slot.key for slot in slots][-3:] == ["method@arms.sgd", "experiment", "debug"]
     assert tree.slots("experiment/more") == [Slot("method", "arms.more", "sgd")]
+
+
+def test_a_header_names_the_place_that_options_fill(tree):
+    places = {slot.key: tree.target(slot) for slot in tree.slots("run")}
+    assert places["kv"] == "recipe.kv"
+    assert (places["recipe"], places["method@arms.sgd"]) == ("recipe", "arms.sgd")
 
 
 def test_bases_come_first_and_without_defaults(tree):
