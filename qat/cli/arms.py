@@ -184,7 +184,8 @@ def _merged(bench: Workbench, student: PreTrainedModel) -> tuple[Tensors, Folded
         for name in found.tensors:
             del changes.folded[f"{name}.weight"]
         changes.folded.update(static_inputs(bench, changes))
-    graph = bench.moved(apply(bench.model, changes.tensors, changes.folded, recipe=bench.recipe))
+    recipe = None if then is None else bench.recipe
+    graph = bench.moved(apply(bench.model, changes.tensors, changes.folded, recipe=recipe))
     captured = "not applicable: QLoRA merges after training, which changes weights by a rounding"
     return changes.tensors, changes.folded, references(bench, graph), captured
 
@@ -197,7 +198,8 @@ def _arm(
     spent: dict[str, Any],
     fallbacks: list[dict[str, Any]],
 ) -> Arm:
-    graph: PreTrainedModel = apply(bench.judged, dict(tensors), dict(folded), recipe=bench.recipe)
+    recipe = bench.recipe if tensors else None  # merged adapters that nothing quantizes
+    graph: PreTrainedModel = apply(bench.judged, dict(tensors), dict(folded), recipe=recipe)
     scores = evaluate(graph, bench.windows, bench.judged, bench.config["evaluation"]["batch_size"])
     plain = {name: value for name, value in folded.items() if not is_input_scale(name)}
     if bench.config["format"]["name"] == "none":

@@ -109,9 +109,13 @@ def adapter(config: dict[str, Any]) -> Iterator[Problem]:
     for key in ("start", "freeze"):
         if is_number(step := at(config, f"schedule.{key}")) and step > 0:
             yield Problem(f"schedule.{key}", "QLoRA fake-quantizes nothing that could be scheduled; use 0")
-    if at(config, "adapter.then") is None and at(config, "format.name") not in (None, "none"):
-        text = "merged QLoRA weights are unquantized, and no format here writes those; use format=none, or say what"
-        yield Problem("format.name", f"{text} quantizes them: +method@adapter.then=gptq")
+    if at(config, "adapter.then") is not None:
+        return
+    text, fix = "merged QLoRA weights are unquantized", "or say what quantizes them: +method@adapter.then=gptq"
+    if at(config, "format.name") not in (None, "none"):
+        yield Problem("format.name", f"{text}, and no format here writes those; use format=none, {fix}")
+    if isinstance(at(config, "recipe.kv"), dict):
+        yield Problem("recipe.kv", f"{text}, and judged so; use recipe.kv=null, {fix}")
 
 
 def data(config: dict[str, Any]) -> Iterator[Problem]:

@@ -81,6 +81,7 @@ GPTQ = {"_target_": "qat.ptq.gptq.gptq"}
         ({"adapter": QLORA, "init": {"method": GPTQ}, "choices": {"init": "gptq"}}, "init.method: QLoRA's frozen base"),
         ({"adapter": QLORA, "schedule": {"freeze": 3}}, "schedule.freeze: QLoRA fake-quantizes nothing"),
         ({"adapter": QLORA, "format": {"name": "compressed_tensors"}}, "format.name: merged QLoRA weights are unquant"),
+        ({"adapter": QLORA, "recipe": {"kv": {"_target_": "x"}}}, "recipe.kv: merged QLoRA weights are unquantized"),
         ({"adapter": QLORA | {"then": {"_target_": "qat.nn.estimators.LSQ"}}}, "adapter.then._target_: qat.nn.estimat"),
     ],
 )
@@ -96,7 +97,7 @@ def test_what_an_adapter_cannot_have_is_said(config, words):
         {"adapter": LORA, "init": {"method": GPTQ}, "format": {"name": "compressed_tensors"}},
         {"adapter": LORA, "schedule": {"start": 1, "freeze": 3}, "trainer": {"max_steps": 4}},
         {"adapter": QLORA, "format": {"name": "none"}},
-        {"adapter": QLORA | {"then": GPTQ}, "format": {"name": "compressed_tensors"}},
+        {"adapter": QLORA | {"then": GPTQ}, "format": {"name": "compressed_tensors"}, "recipe": {"kv": {}}},
         {"adapter": 3},
     ],
 )

@@ -183,10 +183,26 @@ def test_the_merged_model_is_what_qlora_trained_to_rounding(norms):
 def test_any_method_quantizes_the_merged_model(method):
     folded = merge(steps(qlora()))
     merged = apply(tiny(), {}, folded)
-    changes = method(merged, recipe(3), [IDS])
+    changes = method(merged, recipe(3), [IDS])  # of the merged weights, not of the model's own
     own = method(tiny(), recipe(3), [IDS])
     assert all(not torch.equal(t.codes, own.tensors[n].codes) for n, t in changes.tensors.items())
     apply(merged, changes.tensors, changes.folded)(input_ids=IDS)
+
+
+def test_what_is_served_against_what_was_trained():
+    """KL of the whole model: 0 for LoRA-QAT; that of a rounding to bf16 for QLoRA; that of PTQ if it is quantized."""
+
+    def kl(model, trained):
+        p, q = (m.eval()(input_ids=IDS).logits.detach().double().log_softmax(-1) for m in (trained, model))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    student = steps(lora(), 8)
+    assert kl(apply(tiny(), *convert(student)), student) == 0.0
+    student = steps(qlora(), 8)
+    merged = apply(tiny(), {}, merge(student))
+    changes = rtn(merged, recipe(4), [], observer=MinMax())
+    assert 0 < kl(merged, student) < 1e-3
+    assert kl(apply(merged, changes.tensors, changes.folded), student) > 100 * kl(merged, student)
 
 
 def test_divergence_is_named():
