@@ -55,6 +55,9 @@ def test_lora_is_verified_and_its_weights_are_those_that_training_captured(finis
     sizes = [*matrices.values(), (64, 128)]
     assert summary(run)["cost"]["trained_parameters"] == sum(2 * (o + i) + o * i // 32 for o, i in sizes)
     assert "adapter lora" in run.out
+    assert main(["export", f"runs={run.runs}", f"out={run.runs / 'out'}"]) == 0  # from a checkpoint without the weights
+    files = [path / "model.safetensors" for path in (run.path / "export" / "compressed_tensors", run.runs / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 QLORA = ("adapter=qlora", "adapter.rank=2", "adapter.group_size=32")
@@ -74,10 +77,11 @@ def test_qlora_merges_to_an_unquantized_arm(merged):
     assert "not applicable" in found["export"]["captured"]
 
 
-def test_a_method_quantizes_what_qlora_merged_and_the_export_is_verified(finish):
+def test_a_method_quantizes_what_qlora_merged_and_the_export_is_verified(finish, finished):
     run = finish("train", *QLORA, "method@adapter.then=gptq")
     assert summary(run)["export"]["verified"]
     assert summary(run)["arms"]["qat"]["bits_per_quantized_weight"] == 4.5
+    assert summary(run)["arms"]["qat"]["windows"] != summary(finished)["arms"]["gptq"]["windows"]  # of the model's own
     assert (run.path / "checkpoints" / "adapter_then").is_dir()
 
 

@@ -73,9 +73,11 @@ def test_gradients_through_the_rounding_are_the_estimators_times_a_and_b(estimat
     assert module.weight.grad is None
 
 
-def test_neither_autocast_nor_tf32_nor_a_compiler_changes_a_bit():
-    thin, weight = low_rank(), torch.randn(OUT, IN)
+def test_neither_autocast_nor_tf32_nor_a_compiler_changes_a_bit(monkeypatch):
+    thin, weight, seen, addmm = low_rank(), torch.randn(OUT, IN), [], torch.addmm
     expected = thin.merged(weight)
+    record = lambda *a, **k: seen.append(torch.get_float32_matmul_precision()) or addmm(*a, **k)  # noqa: E731
+    monkeypatch.setattr(torch, "addmm", record)
     rough = weight + ALPHA / RANK * (thin.B.bfloat16() @ thin.A.bfloat16()).float()
     assert not torch.equal(rough, expected)  # so the next lines say something
     torch.set_float32_matmul_precision("medium")
@@ -83,6 +85,7 @@ def test_neither_autocast_nor_tf32_nor_a_compiler_changes_a_bit():
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(thin.merged(weight), expected)
             assert torch.get_float32_matmul_precision() == "medium"
+            assert seen == ["highest"]  # a CPU may not have what is lower
     finally:
         torch.set_float32_matmul_precision("highest")
     compiled = torch.compile(lambda w: thin.merged(w) * 1.0, backend="aot_eager", fullgraph=True)
