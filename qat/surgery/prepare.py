@@ -84,7 +84,6 @@ def prepare(
             check_estimator(row.name, estimator, row.weight)
         if row.input is not None and not row.input.dynamic:
             check_estimator(row.name, input_estimator, row.input)
-    together = families(model, plan.quantized)
     for row in plan.rows:
         if row.weight is None:
             continue
@@ -92,11 +91,11 @@ def prepare(
         assert isinstance(linear, nn.Linear)
         device = linear.weight.device
         weight = FakeQuantize(row.weight, row.shape, observer, estimator, storage, row.name, device)
-        weight.observe(linear.weight, tuple(model.get_parameter(f"{name}.weight") for name in together[row.name]))
         input = None
         if row.input is not None:
             input = input_fake_quant(row.name, row.input, input_observer, input_estimator, storage, device)
         model.set_submodule(row.name, QATLinear.from_float(linear, weight, input))
+    observe(model)
     learns = estimator.learns_scale or input_estimator.learns_scale
     set_phase(model, Phase.LEARN if learns else Phase.FROZEN)
     _freeze_embeddings(model, train_embeddings)
@@ -162,6 +161,18 @@ def families(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple
 def fake_quants(model: nn.Module) -> dict[str, QATLinear]:
     """The quantized linears of a prepared model, by module name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QATLinear)}
+
+
+def observe(model: nn.Module) -> None:
+    """Takes the scales of every quantized linear from its weight as it now is; what was learned before is forgotten.
+
+    Raises:
+        ValueError: A weight is not finite; names the module.
+    """
+    linears = fake_quants(model)
+    together = families(model, {name: linear.weight_fake_quant.scheme for name, linear in linears.items()})
+    for name, linear in linears.items():
+        linear.weight_fake_quant.observe(linear.weight, tuple(linears[other].weight for other in together[name]))
 
 
 def set_phase(model: nn.Module, phase: Phase) -> None:
