@@ -103,7 +103,7 @@ def train(
     calibrate(student, bench.calibration)
     training = Training(seq_len=config["data"]["seq_len"], seed=config["seed"], **config["trainer"])
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
-    teacher, schedule = bench.judged if loss.kl else None, bench.build("schedule")
+    teacher, schedule = bench.judged if loss.distils else None, bench.build("schedule")
     module, cost = fit(
         student,
         teacher,

@@ -12,14 +12,12 @@ from qat.numerics.grid import Codebook, IntGrid
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import E8M0, integers
 
-LOSS_WEIGHTS = ("kl", "ce")
 LEARNING = ("LSQ", "LSQPlus", "EfficientQAT", "PACT", "SEQ")  # estimators that learn a scale
 RESERVED_ARMS = ("fp", "qat")
 
 
 def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Problem]:
     """All rules. Keys that are missing or of the wrong kind are left to the checks before this one."""
-    yield from loss(config)
     yield from schedule(config)
     yield from betas(config)
     yield from arms(config)
@@ -33,17 +31,6 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
         yield from estimators(config, recipe)
         if at(config, "format.name") == "compressed_tensors":
             yield from compressed_tensors(recipe)
-
-
-def loss(config: dict[str, Any]) -> Iterator[Problem]:
-    """The weights of a loss: none negative, not all zero."""
-    node = at(config, "loss")
-    parts = {key: at(node, key) for key in LOSS_WEIGHTS if is_number(at(node, key))}
-    for key, value in parts.items():
-        if value < 0:
-            yield Problem(f"loss.{key}", f"a weight of {value} would push away from the target; use 0 or more")
-    if parts and not any(parts.values()):
-        yield Problem("loss", f"every weight is 0 ({', '.join(parts)}), so nothing would be learned")
 
 
 def schedule(config: dict[str, Any]) -> Iterator[Problem]:

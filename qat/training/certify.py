@@ -54,7 +54,7 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
     with watch(compare), autocast:
         for prompt in prompts:
-            module.forward_student(input_ids=prompt.to(device), use_cache=False)
+            module.forward_student(prompt.to(device))
     assert set(seen) == set(tensors), f"{sorted(set(tensors) - set(seen))[:1]}: training does not compute with it"
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in seen.values()})
     return tensors, folded, {"modules": len(tensors), "equal": len(seen), "dtype": ", ".join(dtypes)}

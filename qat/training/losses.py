@@ -1,101 +1,55 @@
-"""Losses over next-token logits. fp32 inside, chunked over the vocabulary: no fp32 copy of the logits ever exists."""
+"""What training minimises: weights of divergences from the teacher and of cross-entropy."""
 
+import math
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-
-CHUNK = 8192  # vocabulary entries in fp32 at once
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`kl * KL(teacher || student) + ce * cross-entropy`, each the mean over its tokens.
+    """A weighted sum of means over tokens, in nats, at T = 1, fp32 inside. P is the teacher, Q the student.
 
     Attributes:
-        kl: Weight of forward KL at T = 1 to the full-precision teacher, over every position (arXiv:1503.02531).
+        kl: Weight of forward KL, KL(P || Q): Q covers all that P does (arXiv:1503.02531).
+        reverse_kl: Weight of reverse KL, KL(Q || P): Q keeps to what P finds likely (arXiv:2306.08543; here over every
+            position of the data, not of sampled sequences).
+        jsd: Weight of the generalized Jensen-Shannon divergence, beta KL(P || M) + (1 - beta) KL(Q || M) with
+            M = beta P + (1 - beta) Q (arXiv:2306.13649, eq. 1). It is bounded; its gradient goes to that of beta times
+            forward KL as beta goes to 0, and to that of (1 - beta) times reverse KL as beta goes to 1.
+        beta: The teacher's share of M.
         ce: Weight of cross-entropy with the next token.
 
     Raises:
-        ValueError: A weight is negative, or both are 0.
+        ValueError: A weight is negative or not finite, all are 0, or beta is not between 0 and 1.
     """
 
     kl: float = 1.0
+    reverse_kl: float = 0.0
+    jsd: float = 0.0
+    beta: float = 0.5
     ce: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kl < 0 or self.ce < 0 or self.kl + self.ce == 0:
-            raise ValueError(f"loss kl={self.kl}, ce={self.ce}: weights are not negative, and one of them is positive")
+        weights = {name: getattr(self, name) for name in ("kl", "reverse_kl", "jsd", "ce")}
+        wrong = [
+            f"{name}={weight}: a weight is finite and not negative, or the loss would push away from its target; use 0 "
+            f"to leave {name} out"
+            for name, weight in weights.items()
+            if not 0 <= weight < math.inf
+        ]
+        if not any(weights.values()):
+            wrong.append(f"every weight is 0 ({', '.join(weights)}), so nothing would be learned; set one to 1")
+        if not 0 < self.beta < 1:
+            wrong.append(f"beta={self.beta}: a share between 0 and 1, both excluded; at 0 use kl=1, at 1 reverse_kl=1")
+        if wrong:
+            raise ValueError("; ".join(wrong))
 
-    def __call__(self, student: Tensor, teacher: Tensor | None, ids: Tensor) -> dict[str, Tensor]:
-        """The loss and its parts, `{"loss", "kl", "ce"}` as far as they are asked for.
+    @property
+    def weights(self) -> dict[str, float]:
+        """The parts that count, by name."""
+        weights = {"kl": self.kl, "reverse_kl": self.reverse_kl, "jsd": self.jsd, "ce": self.ce}
+        return {name: weight for name, weight in weights.items() if weight}
 
-        Args:
-            student: Logits `[B, T, V]`.
-            teacher: Logits `[B, T, V]`; needed where `kl` is positive.
-            ids: Token ids `[B, T]`.
-        """
-        parts = {}
-        if self.kl:
-            assert teacher is not None, "distillation needs the teacher's logits"
-            parts["kl"] = forward_kl(student.flatten(0, 1), teacher.flatten(0, 1)).mean()
-        if self.ce:
-            parts["ce"] = cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).mean()
-        total = sum(getattr(self, name) * value for name, value in parts.items())
-        assert isinstance(total, Tensor)
-        return {"loss": total, **parts}
-
-
-def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of each token in nats: two logits `[N, V]` -> fp32 `[N]`; no gradient for the teacher."""
-    return _ForwardKL.apply(student, teacher)
-
-
-def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target in nats: logits `[N, V]`, int64 `[N]` -> fp32 `[N]`."""
-    return _CrossEntropy.apply(student, targets)
-
-
-def logsumexp(logits: Tensor) -> Tensor:
-    """log sum exp over the vocabulary in fp32, chunk by chunk: `[N, V]` -> `[N]`."""
-    parts = [chunk.float().logsumexp(-1) for chunk in logits.split(CHUNK, -1)]
-    return torch.stack(parts, -1).logsumexp(-1)
-
-
-class _ForwardKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        lse_s, lse_t = logsumexp(student), logsumexp(teacher)
-        total = torch.zeros_like(lse_s)
-        for s, t in zip(student.split(CHUNK, -1), teacher.split(CHUNK, -1), strict=True):
-            log_p = t.float() - lse_t[:, None]
-            total += (log_p.exp() * (log_p - (s.float() - lse_s[:, None]))).sum(-1)
-        ctx.save_for_backward(student, teacher, lse_s, lse_t)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        student, teacher, lse_s, lse_t = ctx.saved_tensors
-        result = torch.empty_like(student)
-        for out, s, t in zip(*(x.split(CHUNK, -1) for x in (result, student, teacher)), strict=True):
-            q = (s.float() - lse_s[:, None]).exp_()
-            out.copy_(q.sub_((t.float() - lse_t[:, None]).exp_()).mul_(grads[0][:, None]))
-        return result, None
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, targets: Tensor) -> Tensor:
-        lse = logsumexp(student)
-        ctx.save_for_backward(student, targets, lse)
-        return lse - student.gather(-1, targets[:, None]).squeeze(-1).float()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        student, targets, lse = ctx.saved_tensors
-        result = torch.empty_like(student)
-        for out, s in zip(result.split(CHUNK, -1), student.split(CHUNK, -1), strict=True):
-            out.copy_((s.float() - lse[:, None]).exp_().mul_(grads[0][:, None]))
-        result.scatter_add_(-1, targets[:, None], -grads[0][:, None].to(result.dtype))
-        return result, None
+    @property
+    def distils(self) -> bool:
+        """Whether the full-precision teacher is needed."""
+        return bool(self.weights.keys() - {"ce"})

@@ -5,14 +5,19 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 from transformers import PreTrainedModel
 
 from qat.nn.fake_quantize import FakeQuantize, Phase
 from qat.surgery.prepare import set_phase
-from qat.training.losses import Loss, cross_entropy
+from qat.training.chunked import chunked_loss
+from qat.training.finite import first_not_finite
+from qat.training.losses import Loss
 from qat.training.optim import Optim
 from qat.training.phases import PhaseSchedule
+from qat.training.split import SplitModel
+
+NLL = Loss(kl=0.0, ce=1.0)  # of validation
 
 
 class QATModule(pl.LightningModule):
@@ -25,10 +30,11 @@ class QATModule(pl.LightningModule):
         schedule: Phases of fake-quantization by optimizer step.
         optim: Optimizer and learning rates.
         steps: Optimizer steps in all.
-        compiled: Whether the student runs through `torch.compile`.
+        compiled: Whether the student's decoder runs through `torch.compile`.
 
     Raises:
-        ValueError: The loss distils and there is no teacher, or the teacher has another vocabulary.
+        ValueError: The loss distils and there is no teacher, the teacher has another vocabulary, or one of the models
+            cannot be split into decoder and head (`training.split`).
     """
 
     def __init__(
@@ -42,28 +48,29 @@ class QATModule(pl.LightningModule):
         compiled: bool = False,
     ):
         super().__init__()
-        if loss.kl and teacher is None:
-            raise ValueError("loss.kl is positive, so training needs the full-precision teacher")
-        if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
-            raise ValueError(f"teacher vocabulary {teacher.config.vocab_size}, student {student.config.vocab_size}")
+        if loss.distils and teacher is None:
+            parts = ", ".join(f"loss.{name}" for name in loss.weights if name != "ce")
+            raise ValueError(f"{parts}: distilling needs the full-precision teacher; pass it, or use loss=ce")
         self.student = student
-        # In tuples, so no submodules: no checkpoint, no optimizer and no DDP sees the teacher, or the student twice.
-        self._teacher = (teacher,)
-        self._forward = (torch.compile(student) if compiled else student,)
+        # No submodules: no checkpoint, no optimizer and no DDP sees the teacher, or the student twice.
+        self.split = SplitModel(student, compiled)
+        self._teacher = SplitModel(teacher) if loss.distils and teacher is not None else None
+        if self._teacher is not None:
+            _check_vocabulary(self.split, self._teacher)
         self.loss, self.schedule, self.optim, self.steps = loss, schedule, optim, steps
-        self.val_nll = MeanMetric(nan_strategy="disable")  # NaN stays NaN
+        # NaN stays NaN. Not a MeanMetric: with this strategy it forgets its weights (torchmetrics 1.9)
+        self.val_nll, self.val_tokens = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.learns_scale = any(m.estimator.learns_scale for m in student.modules() if isinstance(m, FakeQuantize))
         self._rng: dict[str, Any] | None = None
 
     @property
     def teacher(self) -> PreTrainedModel | None:
-        """The frozen full-precision model."""
-        return self._teacher[0]
+        """The frozen full-precision model; None if the loss does not distil."""
+        return None if self._teacher is None else self._teacher.model
 
-    @property
-    def forward_student(self) -> Any:
-        """The student as training calls it, compiled or not."""
-        return self._forward[0]
+    def forward_student(self, input_ids: Tensor) -> Tensor:
+        """Logits of the student as training computes them, its decoder compiled or not: `[B, T]` -> `[B, T, V]`."""
+        return self.split.logits(self.split.hidden(input_ids))
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped by optimizer step."""
@@ -96,15 +103,14 @@ class QATModule(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch of token ids `[B, T]`."""
-        teacher = None
-        if self.loss.kl and self.teacher is not None:
+        taught = None
+        if self._teacher is not None:
             with torch.no_grad():
-                teacher = self.teacher(input_ids=batch, use_cache=False).logits
-        logits = self.forward_student(input_ids=batch, use_cache=False).logits
-        parts = self.loss(logits, teacher, batch)
+                taught = self._teacher.hidden(batch)
+        parts = chunked_loss(self.loss, self.split, self.split.hidden(batch), self._teacher, taught, batch)
         if not bool(torch.isfinite(parts["loss"].detach())):
             raise ValueError(
-                f"loss is {float(parts['loss'].detach())} at step {self.global_step}{self._first_bad()}; the last "
+                f"loss is {float(parts['loss'].detach())} at step {self.global_step}{self._first_bad(batch)}; the last "
                 f"checkpoint is kept. Lower optim.lr or optim.scale_lr and run again with resume=never"
             )
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
@@ -120,28 +126,32 @@ class QATModule(pl.LightningModule):
         for name, parameters in parts.items():
             if not parameters:
                 continue
-            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if not bool(torch.isfinite(norm)):
                 raise ValueError(
-                    f"the gradient of the {name} is {float(norm)} at step {self.global_step}; the last checkpoint is "
-                    f"kept. Lower optim.lr or optim.scale_lr and run again with resume=never"
+                    f"the gradient of the {name} is {float(norm)} at step {self.global_step}"
+                    f"{self._first_bad_gradient()}; the last checkpoint is kept. Lower optim.lr or optim.scale_lr and "
+                    f"run again with resume=never"
                 )
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val or float("inf"), norm)
             self.log(f"train/grad_norm_{name}", norm)
 
     def on_validation_epoch_start(self) -> None:
         """Validation sees what the next step would train."""
         self.set_phase()
         self.val_nll.reset()
+        self.val_tokens.reset()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Accumulates the nll of one batch of token ids `[B, T]`, weighted by tokens."""
-        logits = self.student(input_ids=batch, use_cache=False).logits
-        nll = cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        self.val_nll.update(nll.mean(), weight=nll.numel())
+        """Adds up the nll of one batch of token ids `[B, T]`, and its tokens."""
+        nll = chunked_loss(NLL, self.split, self.split.hidden(batch, eager=True), None, None, batch)["ce"]
+        tokens = batch[:, 1:].numel()
+        self.val_nll.update(nll * tokens)
+        self.val_tokens.update(tokens)
 
     def on_validation_epoch_end(self) -> None:
         """Logs nll and perplexity."""
-        nll = self.val_nll.compute()
+        nll = self.val_nll.compute() / self.val_tokens.compute()
         self.log_dict({"val/nll": nll, "val/ppl": nll.exp()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -158,8 +168,33 @@ class QATModule(pl.LightningModule):
         if checkpoint["qat_phase"] != phase:
             raise ValueError(f"the checkpoint is in phase {checkpoint['qat_phase']}, the schedule says {phase}")
 
-    def _first_bad(self) -> str:
+    def _first_bad(self, batch: Tensor) -> str:
+        """Where numbers went wrong first: a parameter, or else a module of the student, or else one of the teacher."""
         for name, parameter in self.student.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 return f" ({name} is not finite)"
+        for whose, model in {"": self.split, "the teacher's ": self._teacher}.items():
+            if model is not None and (name := first_not_finite(model, batch)):
+                return f" (the output of {whose}{name} is not finite)"
         return ""
+
+    def _first_bad_gradient(self) -> str:
+        """The parameter that backward comes to first among those whose gradient is not finite."""
+        for name, parameter in reversed(list(self.student.named_parameters())):
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return f" (first that of {name})"
+        return ""
+
+
+def _check_vocabulary(student: SplitModel, teacher: SplitModel) -> None:
+    differences = [
+        f"{what} {theirs} (student {ours})"
+        for (what, ours), theirs in zip(student.sizes.items(), teacher.sizes.values(), strict=True)
+        if theirs != ours
+    ]
+    if differences:
+        raise ValueError(
+            f"the teacher {type(teacher.model).__name__} has another vocabulary: {', '.join(differences)}. "
+            f"Distilling compares the two logit by logit: take a teacher with the student's tokenizer and padding, or "
+            f"use loss=ce"
+        )

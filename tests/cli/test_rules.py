@@ -16,8 +16,6 @@ def said(config, recipe=None):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"loss": {"kl": 0.0, "ce": 0}}, "loss: every weight is 0 (kl, ce)"),
-        ({"loss": {"kl": -1.0, "ce": 1}}, "loss.kl: a weight of -1.0"),
         ({"schedule": {"start": -1, "freeze": 0}}, "schedule.start: a step of -1"),
         ({"schedule": {"start": 10, "freeze": 10}, "trainer": {"max_steps": 10}}, "schedule.start: 10 is not below"),
         ({"schedule": {"start": 5, "freeze": 4}, "trainer": {"max_steps": 10}}, "schedule.freeze: 4 comes before"),
@@ -43,10 +41,9 @@ def test_what_contradicts_is_said(config, words):
 @pytest.mark.parametrize(
     "config",
     [
-        {"loss": {"kl": 1.0, "ce": 0.0}},
         {"schedule": {"start": 0, "freeze": 10}, "trainer": {"max_steps": 10}, "estimator": {"_target_": "x.Clipped"}},
         {"arms": {"gptq_g32": {"_target_": "qat.ptq.gptq.gptq"}}},
-        {"loss": 3, "schedule": {"start": "a", "freeze": None}, "optim": {"betas": 1}, "arms": 3},  # others' business
+        {"schedule": {"start": "a", "freeze": None}, "optim": {"betas": 1}, "arms": 3},  # others' business
     ],
 )
 def test_what_fits_or_is_broken_otherwise_passes(config):

@@ -1,73 +1,50 @@
-"""Losses against torch's own, values and gradients; chunking changes nothing; no fp32 copy of the logits."""
+"""The value that a config builds: what it counts, and what it refuses before torch is imported."""
 
 import pytest
-import torch
-import torch.nn.functional as F
 
-from qat.training import losses
-from qat.training.losses import Loss, cross_entropy, forward_kl
-
-
-@pytest.fixture(params=[7, 64, 10_000])
-def chunk(request, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", request.param)
+from qat.cli.source import is_light
+from qat.cli.tree import Tree
+from qat.cli.validate import validate
+from qat.cli.verbs import VERBS
+from qat.training.losses import Loss
 
 
-def logits(n=9, v=50, dtype=torch.float32, scale=3.0):
-    return (torch.randn(n, v) * scale).to(dtype)
+def test_weights_are_the_parts_that_count():
+    assert Loss().weights == {"kl": 1.0}
+    assert Loss(kl=0.0, reverse_kl=0.3, jsd=2, ce=0.5).weights == {"reverse_kl": 0.3, "jsd": 2, "ce": 0.5}
+    assert Loss(kl=0.0, jsd=1.0).distils
+    assert Loss(kl=0.0, reverse_kl=1.0).distils
+    assert not Loss(kl=0.0, ce=1.0).distils
 
 
-@pytest.mark.usefixtures("chunk")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_kl_and_its_gradient(dtype):
-    student, teacher = logits(dtype=dtype).requires_grad_(), logits(dtype=dtype)
-    weights = torch.rand(9)
-    (forward_kl(student, teacher) * weights).sum().backward()
-    other = student.detach().double().requires_grad_()
-    p = teacher.double().log_softmax(-1)
-    expected = F.kl_div(other.log_softmax(-1), p, log_target=True, reduction="none").sum(-1)
-    (expected * weights).sum().backward()
-    assert torch.allclose(forward_kl(student, teacher).double(), expected, rtol=1e-4, atol=1e-5)
-    tolerance = 1e-6 if dtype is torch.float32 else 2e-3
-    assert student.grad.dtype == dtype
-    assert torch.allclose(student.grad.double(), other.grad, atol=tolerance)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"kl": 0.0}, r"every weight is 0 \(kl, reverse_kl, jsd, ce\)"),
+        ({"kl": -1.0, "ce": 2.0}, r"kl=-1\.0: a weight is finite and not negative.*use 0"),
+        ({"jsd": float("nan")}, "jsd=nan: a weight is finite"),
+        ({"reverse_kl": float("inf")}, "reverse_kl=inf: a weight is finite"),
+        ({"kl": 0.0, "jsd": 1.0, "beta": 0.0}, r"beta=0\.0: a share between 0 and 1, both excluded; at 0 use kl=1"),
+        ({"kl": 0.0, "jsd": 1.0, "beta": 1.0}, r"beta=1\.0: .*at 1 reverse_kl=1"),
+        ({"ce": -1.0, "beta": 2.0}, r"ce=-1\.0: .*; beta=2\.0: "),  # all of it at once
+    ],
+)
+def test_what_means_nothing_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Loss(**arguments)
 
 
-@pytest.mark.usefixtures("chunk")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_and_its_gradient(dtype):
-    student, targets = logits(dtype=dtype).requires_grad_(), torch.randint(0, 50, (9,))
-    cross_entropy(student, targets).mean().backward()
-    other = student.detach().double().requires_grad_()
-    expected = F.cross_entropy(other, targets)
-    expected.backward()
-    assert torch.allclose(cross_entropy(student, targets).mean().double(), expected, rtol=1e-5)
-    assert torch.allclose(student.grad.double(), other.grad, atol=1e-6 if dtype is torch.float32 else 2e-3)
+def test_configs_are_refused_without_torch():
+    assert is_light("qat.training.losses")
+    overrides = ["loss=jsd", "loss.beta=1.5", "loss.reverse_kl=-1"]
+    (problem,) = validate(VERBS["train"], overrides, Tree.of([]), files=False)[1]
+    assert str(problem).startswith("loss: reverse_kl=-1: a weight is finite and not negative")
+    assert "beta=1.5: a share between 0 and 1" in str(problem)
 
 
-def test_equal_logits_diverge_by_nothing_and_large_ones_do_not_overflow():
-    x = logits(scale=1e4)
-    assert float(forward_kl(x, x).abs().max()) < 1e-2
-    assert bool(torch.isfinite(forward_kl(x, logits())).all())
-
-
-def test_no_gradient_reaches_the_teacher():
-    student, teacher = logits().requires_grad_(), logits().requires_grad_()
-    forward_kl(student, teacher).sum().backward()
-    assert teacher.grad is None
-
-
-def test_a_loss_is_the_weighted_sum_of_means():
-    student, teacher, ids = torch.randn(2, 6, 50), torch.randn(2, 6, 50), torch.randint(0, 50, (2, 6))
-    parts = Loss(kl=2.0, ce=0.5)(student, teacher, ids)
-    kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
-    ce = F.cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert torch.allclose(parts["loss"], 2 * kl + 0.5 * ce, rtol=1e-5)
-    assert torch.allclose(parts["ce"], ce, rtol=1e-5)
-    assert set(Loss(kl=0.0, ce=1.0)(student, None, ids)) == {"loss", "ce"}
-
-
-@pytest.mark.parametrize("weights", [{"kl": 0.0}, {"kl": -1.0, "ce": 2.0}])
-def test_weights_that_mean_nothing_are_refused(weights):
-    with pytest.raises(ValueError, match="weights are not negative"):
-        Loss(**weights)
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "jsd", "ce", "ce_kl"])
+def test_each_config_is_what_it_is_called(name):
+    config, problems = validate(VERBS["train"], [f"loss={name}"], Tree.of([]), files=False)
+    assert problems == []
+    arguments = {key: value for key, value in config["loss"].items() if key != "_target_"}
+    assert set(Loss(**arguments).weights) == ({"ce", "kl"} if name == "ce_kl" else {name})

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from tiny import recipe, tiny
@@ -22,7 +24,7 @@ def test_the_teacher_is_no_part_of_the_module():
     found = module()
     assert found.teacher is not None
     assert not [n for n, _ in found.named_parameters() if "teacher" in n]
-    assert all(n.startswith(("student.", "val_nll")) for n in found.state_dict())
+    assert all(n.startswith(("student.", "val_")) for n in found.state_dict())
 
 
 def test_masters_that_are_not_fp32_are_a_bug():
@@ -35,11 +37,18 @@ def test_masters_that_are_not_fp32_are_a_bug():
 def test_another_vocabulary_and_a_missing_teacher_are_refused():
     other = tiny()
     other.config.vocab_size = 300
-    with pytest.raises(ValueError, match="teacher vocabulary 300, student 256"):
+    with pytest.raises(ValueError, match=r"another vocabulary: config\.vocab_size 300 \(student 256\)\. .*loss=ce"):
         module(other)
-    with pytest.raises(ValueError, match="needs the full-precision teacher"):
-        module(None)
+    padded = tiny()
+    padded.resize_token_embeddings(320)
+    padded.config.vocab_size = 256  # what a padded checkpoint may say
+    with pytest.raises(ValueError, match=r"embeddings 320 \(student 256\), logits 320 \(student 256\)"):
+        module(padded)
+    for loss in (Loss(), Loss(kl=0.0, jsd=1.0), Loss(kl=0.0, reverse_kl=1.0, ce=1.0)):
+        with pytest.raises(ValueError, match="needs the full-precision teacher"):
+            module(None, loss)
     assert module(None, Loss(kl=0.0, ce=1.0)).teacher is None
+    assert module(other, Loss(kl=0.0, ce=1.0)).teacher is None  # nobody asks it
 
 
 def test_a_checkpoint_of_another_schedule_is_refused():
@@ -63,12 +72,77 @@ def test_clipping_keeps_weights_and_scales_apart():
     assert float(norm) == pytest.approx(10.0, rel=1e-3)
     assert torch.equal(groups["weights"][0].grad, before)
     groups["vectors"][0].grad[0] = float("inf")
-    with pytest.raises(ValueError, match="the gradient of the weights is inf at step 0"):
+    name = next(n for n, p in found.student.named_parameters() if p is groups["vectors"][0])
+    with pytest.raises(
+        ValueError, match=rf"the gradient of the weights is inf at step 0 \(first that of {re.escape(name)}\); the last"
+    ):
         found.configure_gradient_clipping(optimizer, 10.0, "norm")
 
 
 def test_one_window_that_is_not_a_number_is_not_left_out_of_the_mean():
     found = module()
-    found.val_nll.update(torch.tensor(1.0), weight=31)
-    found.val_nll.update(torch.tensor(float("nan")), weight=31)
-    assert bool(found.val_nll.compute().isnan())
+    said = {}
+    found.log_dict = said.update
+    found.val_nll.update(torch.tensor(1.0))
+    found.val_nll.update(torch.tensor(float("nan")))
+    found.val_tokens.update(62)
+    found.on_validation_epoch_end()
+    assert bool(said["val/nll"].isnan())
+
+
+BATCH = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_nan_is_traced_to_the_module_that_produced_it():
+    """Parameters are finite, and so is what reaches it. Compiled graphs call no hooks, so they are not asked."""
+    found, calls = module(), []
+    found.student.model.layers[1].mlp.act_fn.forward = lambda x: (x - x) / (x - x)
+    found.split._decoder = lambda **kwargs: calls.append(1) or found.student.base_model(**kwargs)
+    words = r"loss is nan at step 0 \(the output of model\.layers\.1\.mlp\.act_fn is not finite\); the last checkpoint"
+    with pytest.raises(ValueError, match=words):
+        found.training_step(BATCH, 0)
+    assert calls == [1]
+
+
+def test_a_teacher_that_is_not_finite_is_told_from_the_student():
+    found = module()
+    with torch.no_grad():
+        found.teacher.model.layers[0].self_attn.v_proj.weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"output of the teacher's model\.layers\.0\.self_attn\.v_proj is not finite"):
+        found.training_step(BATCH, 0)
+
+
+def test_a_compiled_decoder_trains_the_same():
+    loss = Loss(kl=0.0, reverse_kl=1.0, jsd=1.0, ce=0.1)
+    eager, compiled = module(loss=loss), module(loss=loss)
+    compiled.split._decoder = torch.compile(compiled.student.base_model, backend="aot_eager")
+    for one in (eager, compiled):
+        one.log_dict = lambda values: None
+        one.student.train()
+        one.training_step(BATCH, 0).backward()
+    torch._dynamo.reset()
+    ours = dict(compiled.student.named_parameters())
+    for name, parameter in eager.student.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(ours[name].grad, parameter.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_compiling_is_of_the_decoder(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model: asked.append(model) or model)
+    found = module(compiled=True)
+    assert asked == [found.student.base_model]
+
+
+def test_validation_is_the_mean_over_predicted_tokens():
+    found, said = module(), {}
+    found.log_dict = said.update
+    with torch.no_grad():
+        for ids in (BATCH, BATCH[:1, :5]):
+            found.validation_step(ids, 0)
+        logits = [found.student(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (BATCH, BATCH[:1, :5])]
+    targets = torch.cat([BATCH[:, 1:].flatten(), BATCH[0, 1:5]])
+    expected = torch.nn.functional.cross_entropy(torch.cat([part.flatten(0, 1) for part in logits]), targets)
+    found.on_validation_epoch_end()
+    assert float(said["val/nll"]) == pytest.approx(float(expected), rel=1e-6)
+    assert float(said["val/ppl"]) == pytest.approx(float(expected.exp()), rel=1e-5)

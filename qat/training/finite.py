@@ -1,0 +1,51 @@
+"""Where a forward stops being finite."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.training.chunked import chunked_loss
+from qat.training.losses import Loss
+from qat.training.split import SplitModel
+
+
+@torch.no_grad()
+def first_not_finite(model: SplitModel, ids: Tensor) -> str | None:
+    """Runs a model once more, not compiled, and names the first module whose output is not finite.
+
+    Modules in order of execution: one inside another answers before the outer one.
+
+    Args:
+        model: In the mode, phase and autocast in which the numbers went wrong.
+        ids: Token ids `[B, T]`.
+
+    Returns:
+        None if every output is finite.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not all(bool(torch.isfinite(tensor).all()) for tensor in _floats(output)):
+                found.append(name or type(module).__name__)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.model.named_modules()]
+    try:
+        chunked_loss(Loss(kl=0.0, ce=1.0), model, model.hidden(ids, eager=True), None, None, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict | list | tuple):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _floats(part)
