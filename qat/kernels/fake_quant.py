@@ -53,8 +53,8 @@ def _fake_quantize(
     zero_point: Tensor | None,
     zero_step: Tensor | None,
     global_scale: Tensor | None,
-    strength: Tensor | None,
     grid: str,
+    strength: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     levels = grid_of(grid)
@@ -73,7 +73,7 @@ def _fake_quantize(
 
 
 @_fake_quantize.register_fake
-def _(x, scale, log_step, zero_point, zero_step, global_scale, strength, grid, dtype):  # type: ignore[no-untyped-def]
+def _(x, scale, log_step, zero_point, zero_step, global_scale, grid, strength, dtype):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, dtype=dtype), torch.empty_like(scale, dtype=torch.float32)
 
 
@@ -97,7 +97,7 @@ def fake_quantize(
     Returns:
         The result, and the served scale in fp32, which the gradient needs.
     """
-    return _fake_quantize(x, scale, log_step, zero_point, zero_step, global_scale, strength, str(grid), dtype)
+    return _fake_quantize(x, scale, log_step, zero_point, zero_step, global_scale, str(grid), strength, dtype)
 
 
 @contextmanager

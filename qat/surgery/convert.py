@@ -37,7 +37,7 @@ def convert(model: nn.Module) -> tuple[Tensors, Folded]:
     for name, linear in fake_quants(model).items():
         quant = linear.weight_fake_quant
         scale, zero_point = quant.qparams()
-        if not bool(torch.isfinite(scale).all()) or not bool(torch.isfinite(linear.weight).all()):
+        if not bool(torch.isfinite(scale.float()).all()) or not bool(torch.isfinite(linear.weight).all()):
             raise ValueError(
                 f"{name}: a scale or a weight is not finite; training has diverged, lower the learning rate"
             )

@@ -53,7 +53,9 @@ class PhaseSchedule:
 
     def strength(self, step: int) -> float:
         """lambda of optimizer step `step`."""
-        return 1.0 if step - self.start >= self.ramp else max(step - self.start, 0) / self.ramp
+        if step < self.start:
+            return 0.0
+        return 1.0 if step >= self.start + self.ramp else (step - self.start) / self.ramp
 
     def reinitialises(self, done: int, steps: int) -> bool:
         """Whether masters are re-initialised after `done` of `steps` steps: every `winq.every`, once scales are settled.

@@ -50,4 +50,5 @@ def reinitialise(model: nn.Module, alpha: float) -> None:
     set_strength(model, 1.0)
     for linear in fake_quants(model).values():
         if linear.weight.requires_grad:
-            linear.weight.lerp_(linear.weight_fake_quant(linear.weight, torch.float32), alpha)
+            center = linear.weight_fake_quant(linear.weight, torch.float32)
+            linear.weight.mul_(1 - alpha).add_(center, alpha=alpha)  # not lerp_: it loses the sign of -0, a code of e2m1
