@@ -56,11 +56,11 @@ def schedule(config: dict[str, Any]) -> Iterator[Problem]:
         text = f"{ramp} steps from schedule.start={start} on are not below trainer.max_steps={steps}"
         yield Problem("schedule.ramp", f"{text}: weights would never be on their grid; at most {steps - start - 1}")
     else:
-        yield from _settled(config, max(freeze, start + 1 if start else 0), steps)
+        yield from _after(config, max(freeze, start + 1 if start else 0), steps)
 
 
-def _settled(config: dict[str, Any], settled: int, steps: int) -> Iterator[Problem]:
-    """What waits for `settled`, the step from which on scales no longer follow the weights."""
+def _after(config: dict[str, Any], settled: int, steps: int) -> Iterator[Problem]:
+    """What waits for the step from which on scales no longer follow the weights."""
     estimator = str(at(config, "estimator._target_")).rpartition(".")[2]
     if estimator in LEARNING and settled >= steps:
         text = f"scales follow the weights until step {settled}, which is not below trainer.max_steps={steps}"
@@ -68,7 +68,7 @@ def _settled(config: dict[str, Any], settled: int, steps: int) -> Iterator[Probl
         yield Problem("schedule.freeze", text)
     every = at(config, "schedule.winq.every")
     if is_number(every) and every > 0 and -(-max(settled, 1) // every) * every >= steps:
-        text = f"no multiple of {every} from step {max(settled, 1)}, where scales are settled, to before trainer.max_steps"
+        text = f"no multiple of {every} lies between step {settled}, when scales are settled, and trainer.max_steps"
         yield Problem("schedule.winq.every", f"{text}={steps}: nothing would be re-initialised; lower it")
 
 
@@ -108,6 +108,8 @@ def settled(config: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("schedule.freeze", f"{text}, and those that init={option} found are forgotten; use 0")
         if at(config, "optim.train") == "scales":
             yield Problem("schedule.freeze", f"{text}, but optim.train=scales has its codes settled; use 0")
+    if isinstance(at(config, "schedule.winq"), dict) and at(config, "optim.train") == "scales":
+        yield Problem("schedule.winq", "optim.train=scales trains no masters to be re-initialised; use winq=null")
 
 
 def data(config: dict[str, Any]) -> Iterator[Problem]:

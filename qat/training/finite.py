@@ -19,9 +19,9 @@ def first_broken(model: nn.Module) -> str | None:
         if not bool(torch.isfinite(parameter).all()):
             return name
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantize) and not module.scheme.dynamic:
-            if not bool(torch.isfinite(module.qparams()[0].float()).all()):
-                return f"the scale of {name}"
+        static = isinstance(module, FakeQuantize) and not module.scheme.dynamic
+        if static and not bool(torch.isfinite(module.qparams()[0].float()).all()):
+            return f"the scale of {name}"
     return None
 
 

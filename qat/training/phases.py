@@ -58,9 +58,9 @@ class PhaseSchedule:
         return 1.0 if step >= self.start + self.ramp else (step - self.start) / self.ramp
 
     def reinitialises(self, done: int, steps: int) -> bool:
-        """Whether masters are re-initialised after `done` of `steps` steps: every `winq.every`, once scales are settled.
+        """Whether masters are re-initialised once `done` of `steps` steps are taken.
 
-        Not while scales follow the weights: they would shrink with them. Not after the last step: no code would change.
+        Not while scales follow the weights, with which they would shrink; not after the last step, for nothing.
         """
         return self.winq is not None and done % self.winq.every == 0 and self._settled <= done < steps and done > 0
 

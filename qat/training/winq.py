@@ -18,8 +18,9 @@ class WinQ:
     1 - alpha exchanged, so that its 0.2 is 0.8 here. Deviations: the paper's other half, gradients at noisy weights, is
     left out; K here is for runs of a few hundred steps, the paper's are 40,000 to 80,000. Adam's state is left alone.
 
-    No code changes, hence neither the next step's loss nor what would be exported: every master stays in its cell. What
-    changes is how far the following steps must push it to leave. The cost is one rounding of every weight.
+    Every master stays in its cell, so no code changes, and neither does what would be exported, nor, at lambda = 1, the
+    next step's loss. What changes is how far the following steps must push it to leave. The cost is one rounding of
+    every weight.
 
     Attributes:
         every: K, in optimizer steps.
@@ -51,4 +52,4 @@ def reinitialise(model: nn.Module, alpha: float) -> None:
     for linear in fake_quants(model).values():
         if linear.weight.requires_grad:
             center = linear.weight_fake_quant(linear.weight, torch.float32)
-            linear.weight.mul_(1 - alpha).add_(center, alpha=alpha)  # not lerp_: it loses the sign of -0, a code of e2m1
+            linear.weight.mul_(1 - alpha).add_(center, alpha=alpha)  # lerp_ loses the sign of -0, a code of e2m1

@@ -28,7 +28,7 @@ def said(config, recipe=None):
                 "trainer": {"max_steps": 10},
                 "estimator": {"_target_": "qat.nn.estimators.LSQ"},
             },
-            "schedule.freeze: scales follow the weights until step 10, which is not below trainer.max_steps=10: the estimator",
+            "schedule.freeze: scales follow the weights until step 10, which is not below trainer.max_steps=10: the es",
         ),
         (
             {
@@ -40,13 +40,13 @@ def said(config, recipe=None):
         ),
         (
             {"schedule": {"start": 2, "freeze": 2, "ramp": 8}, "trainer": {"max_steps": 10}},
-            "schedule.ramp: 8 steps from schedule.start=2 on are not below trainer.max_steps=10: weights would never be "
-            "on their grid; at most 7",
+            "schedule.ramp: 8 steps from schedule.start=2 on are not below trainer.max_steps=10: weights would never "
+            "be on their grid; at most 7",
         ),
         ({"schedule": {"start": 0, "freeze": 0, "ramp": -1}}, "schedule.ramp: a step of -1"),
         (
             {"schedule": {"start": 0, "freeze": 6, "winq": {"every": 5, "alpha": 0.5}}, "trainer": {"max_steps": 10}},
-            "schedule.winq.every: no multiple of 5 from step 6, where scales are settled, to before trainer.max_steps",
+            "schedule.winq.every: no multiple of 5 lies between step 6, when scales are settled, and trainer.max_steps",
         ),
         ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas[1]: expected a number from 0 to below 1, found 1.0"),
         (
@@ -64,6 +64,10 @@ def said(config, recipe=None):
         (
             {"schedule": {"start": 0, "freeze": 2}, "optim": {"train": "scales"}},
             "schedule.freeze: until step 2 scales follow the weights, but optim.train=scales has its codes settled",
+        ),
+        (
+            {"schedule": {"winq": {"every": 5, "alpha": 0.5}}, "optim": {"train": "scales"}},
+            "schedule.winq: optim.train=scales trains no masters",
         ),
         ({"arms": {"fp": {}}}, "arms.fp: every comparison has an arm of this name"),
         ({"arms": {"a/b": {}}}, "arms.a/b: an arm's name"),

@@ -1,8 +1,9 @@
-"""The schedule, and law (h) on every boundary of it: whoever stops there and goes on gets the unbroken run, bit for bit."""
+"""The schedule, and law (h) at its boundaries: whoever stops there and goes on gets the unbroken run, bit for bit."""
 
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -204,12 +205,12 @@ def test_scales_and_ranges_follow_until_the_freeze_and_are_learned_from_there(un
         )
     )
     assert [int(n) for n in seen] == [1, 1, 2, 3] + [3] * 7  # calibrated on one batch, then those of steps 2 and 3
-    assert [bool((a != b).any()) for a, b in zip(low, low[1:], strict=False)] == [False, True, True] + [False] * 7
+    assert [bool((a != b).any()) for a, b in pairwise(low)] == [False, True, True] + [False] * 7
     assert not torch.equal(scale[2], scale[3])
     assert all(torch.equal(scale[3], later) for later in scale[4:])
     for learned in (step, zero):
         assert not any(bool(x.any()) for x in learned[:4])
-        assert all(not torch.equal(a, b) for a, b in zip(learned[4:], learned[5:], strict=False))
+        assert all(not torch.equal(a, b) for a, b in pairwise(learned[4:]))
 
 
 class SaveFirst(Callback):
