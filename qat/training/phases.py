@@ -18,7 +18,8 @@ class PhaseSchedule:
 
     and with inputs likewise: the warm-up of the Hugging Face report on 1.58-bit fine-tuning, which has
     lambda = min(2 t / T, 1), so `ramp = T / 2`. Gradients are those of this expression. Validation, tests and the
-    certificate always see lambda = 1 and quantized weights: what would be served if training ended there.
+    certificate always see lambda = 1 and quantized weights: what would be served if training ended there. A quantized
+    KV cache knows no schedule: keys and values are on their grid from the first step.
 
     The cost is none beside the interpolation, one elementwise operation for each weight and input while lambda < 1.
 

@@ -259,6 +259,9 @@ def test_trainer_test_judges_a_checkpoint_as_it_would_be_served(data, unbroken, 
     assert again == found
     tensors, folded, captured = certify(module, [windows.windows], "32-true")
     assert captured["equal"] == 7
+    for name, linear in fake_quants(module.student).items():
+        now, _ = MinMax().qparams(linear.weight, tensors[name].scheme, torch.bfloat16)
+        assert torch.equal(tensors[name].scale, now) is (step < 4)  # until the freeze, those of the weights as they are
     served = apply(tiny(layers=1), tensors, folded, recipe=STATIC)
     scores = evaluate(served, windows.windows, None, 1)
     assert mean(scores.nll, scores.tokens) == pytest.approx(found["test/nll"], abs=1e-6)
