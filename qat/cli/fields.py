@@ -162,6 +162,8 @@ FIELDS: dict[str, Check] = {
     "adapter.dropout": number("a number of at least 0, below 1", lambda x: 0 <= x < 1),
     "adapter.group_size": whole(),
     "adapter.seed": whole(0),
+    "schedule.winq.every": whole(),
+    "schedule.winq.alpha": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
     "trainer.max_steps": whole(),
     "trainer.accumulate": whole(),
     "trainer.clip": number("a number above 0", lambda x: x > 0, null=True),

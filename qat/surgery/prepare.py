@@ -91,7 +91,6 @@ def prepare(
     if recipe.kv is not None:
         assert isinstance(model, PreTrainedModel), "keys and values are what transformers' attention calls so"
         quantize_kv(model, recipe.kv)
-    together = families(model, plan.quantized)
     for row in plan.rows:
         if row.weight is None:
             continue
@@ -99,11 +98,11 @@ def prepare(
         assert isinstance(linear, nn.Linear)
         device = linear.weight.device
         weight = FakeQuantize(row.weight, row.shape, observer, estimator, storage, row.name, device)
-        weight.observe(linear.weight, tuple(model.get_parameter(f"{name}.weight") for name in together[row.name]))
         input = None
         if row.input is not None:
             input = input_fake_quant(row.name, row.input, input_observer, input_estimator, storage, device)
         model.set_submodule(row.name, QATLinear.from_float(linear, weight, input))
+    observe(model)
     learns = estimator.learns_scale or input_estimator.learns_scale
     set_phase(model, Phase.LEARN if learns else Phase.FROZEN)
     prepare_unquantized(model, storage, train_embeddings)
@@ -177,6 +176,20 @@ def families(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple
 def fake_quants(model: nn.Module) -> dict[str, QATLinear]:
     """The quantized linears of a prepared model, by module name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QATLinear)}
+
+
+@torch.no_grad()
+def observe(model: nn.Module) -> None:
+    """Takes the scales of every quantized linear from its weight as it now is; what was learned before is forgotten.
+
+    Raises:
+        ValueError: A weight is not finite; names the module.
+    """
+    linears = fake_quants(model)
+    together = families(model, {name: linear.weight_fake_quant.scheme for name, linear in linears.items()})
+    for name, linear in linears.items():
+        masters = {other: linears[other].master() for other in together[name]}
+        linear.weight_fake_quant.observe(masters[name], tuple(masters.values()))
 
 
 def set_phase(model: nn.Module, phase: Phase) -> None:

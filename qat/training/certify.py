@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from qat.kernels.fake_quant import watch
-from qat.nn.fake_quantize import Phase
 from qat.surgery.convert import Folded, Tensors, convert
-from qat.surgery.prepare import fake_quants, set_phase
+from qat.surgery.prepare import fake_quants
 from qat.training.module import QATModule
 
 
@@ -31,10 +30,7 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
     """
     student = module.student
     linears = fake_quants(student)
-    if module.schedule.phase(module.steps, module.learns_scale) is Phase.OBSERVE:  # scales still follow the weights
-        for linear in linears.values():
-            linear.weight_fake_quant.observe(linear.master())
-    set_phase(student, Phase.LEARN if module.learns_scale else Phase.FROZEN)
+    module.as_served()
     tensors, folded = convert(student)
     names = {linear.weight_fake_quant.scale.data_ptr(): name for name, linear in linears.items()}
     seen: dict[str, torch.dtype] = {}
