@@ -1,8 +1,9 @@
 """Fake-quantization: x -> round_D(level(x / s) * s), the forward of QAT, as one opaque operator.
 
 Shapes: x `[...]`; scale, log_step, zero_point and zero_step of a scale shape that groups x (`numerics/granularity.py`);
-global_scale `[1]`; result of x's shape in `dtype`. What is served follows from an observed part and a learned one,
-which is 0 at the start, so that training begins exactly on what was observed:
+global_scale `[1]`; result of x's shape in `dtype`. With rows `[n]` of a matrix x, for a lookup, only these are computed,
+and the result is `[n, I]`. What is served follows from an observed part and a learned one, which is 0 at the start, so
+that training begins exactly on what was observed:
 
     s = round(scale * exp(log_step))  in the scale's dtype, over the global scale where there is one
     z = clamp(rint(zero_point + zero_step), qmin, qmax)
@@ -22,7 +23,8 @@ from qat.numerics.affine import group, round_scale, served
 from qat.numerics.grid import Codebook, FloatGrid, Grid, IntGrid
 from qat.numerics.levels import snap
 
-_watcher: Callable[[Tensor, Tensor], None] | None = None
+Watcher = Callable[[Tensor, Tensor, Tensor | None], None]  # x, result, rows
+_watcher: Watcher | None = None
 
 
 def served_scale(scale: Tensor, log_step: Tensor | None) -> Tensor:
@@ -35,6 +37,11 @@ def served_zero(zero_point: Tensor, zero_step: Tensor | None, grid: IntGrid) -> 
     if zero_step is None:
         return zero_point
     return torch.round(zero_point.float() + zero_step).clamp_(grid.qmin, grid.qmax).to(torch.int8)
+
+
+def taken(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """Rows of a matrix, or of the values that belong to its rows; a value for the whole matrix is every row's."""
+    return values if values is None or rows is None or values.dim() < 2 else values[rows]
 
 
 @lru_cache(maxsize=64)
@@ -56,8 +63,14 @@ def _fake_quantize(
     grid: str,
     strength: float,
     dtype: torch.dtype,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    levels = grid_of(grid)
+    levels, whole = grid_of(grid), x
+    x, scale, log_step, zero_point, zero_step = (
+        taken(part, rows) for part in (x, scale, log_step, zero_point, zero_step)
+    )
+    assert x is not None
+    assert scale is not None
     s = served(served_scale(scale, log_step), global_scale)
     z = None
     if zero_point is not None:
@@ -68,12 +81,13 @@ def _fake_quantize(
         values = torch.lerp(group(x.float(), scale), values, strength)
     result = values.to(dtype).reshape(x.shape)
     if _watcher is not None:
-        _watcher(x, result)
+        _watcher(whole, result, rows)
     return result, s
 
 
 @_fake_quantize.register_fake
-def _(x, scale, log_step, zero_point, zero_step, global_scale, grid, strength, dtype):  # type: ignore[no-untyped-def]
+def _(x, scale, log_step, zero_point, zero_step, global_scale, grid, strength, dtype, rows):  # type: ignore[no-untyped-def]
+    x, scale = taken(x, rows), taken(scale, rows)
     return torch.empty_like(x, dtype=dtype), torch.empty_like(scale, dtype=torch.float32)
 
 
@@ -88,20 +102,21 @@ def fake_quantize(
     zero_step: Tensor | None = None,
     global_scale: Tensor | None = None,
     strength: float = 1.0,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Equal, bit for bit, to `dequantize(quantize(x))` of `numerics/affine.py` with what is served.
 
     With a `strength` below 1 the result is only that far on its way from x: `x + strength (Q(x) - x)`.
 
     Returns:
-        The result, and the served scale in fp32, which the gradient needs.
+        The result, and the served scale in fp32, which the gradient needs; both of `rows` alone, where they are given.
     """
-    return _fake_quantize(x, scale, log_step, zero_point, zero_step, global_scale, str(grid), strength, dtype)
+    return _fake_quantize(x, scale, log_step, zero_point, zero_step, global_scale, str(grid), strength, dtype, rows)
 
 
 @contextmanager
-def watch(watcher: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """While open, `watcher(x, result)` sees every fake-quantization as it really ran, compiled or not.
+def watch(watcher: Watcher) -> Iterator[None]:
+    """While open, `watcher(x, result, rows)` sees every fake-quantization as it really ran, compiled or not.
 
     A module hook would not do: a compiled graph does not call hooks that were added after its compilation.
     """
