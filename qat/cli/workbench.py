@@ -139,7 +139,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     plan = match(model, recipe)
     for row in plan.rows:
         if row.weight is not None and config["format"]["name"] != "none":
-            compressed_tensors.check_scheme(row.name, row.weight, row.input)
+            compressed_tensors.check_scheme(row.name, row.weight, row.input, row.kind)
     test, calib = config["evaluation"], config["calibration"]
     limit = model.config.max_position_embeddings
     for key in ("data", "calibration", "evaluation"):

@@ -41,7 +41,7 @@ def served_zero(zero_point: Tensor, zero_step: Tensor | None, grid: IntGrid) -> 
 
 def taken(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
     """Rows of a matrix, or of the values that belong to its rows; a value for the whole matrix is every row's."""
-    return values if values is None or rows is None or values.dim() < 2 else values[rows]
+    return values if values is None or rows is None or values.dim() < 2 else values.index_select(0, rows)
 
 
 @lru_cache(maxsize=64)

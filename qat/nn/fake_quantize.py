@@ -147,11 +147,11 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         """`x` on its grid, in the compute dtype; `rows` `[n]` of a matrix: these alone, `[n, I]`."""
         if self.phase is Phase.OFF:
-            return (x if rows is None else x[rows]).to(dtype)
+            return x.to(dtype) if rows is None else x.index_select(0, rows).to(dtype)
         if self._kept is not None and not self.running:
             if dtype not in self._kept:
                 self._kept[dtype] = self._quantize(x, dtype)
-            return self._kept[dtype] if rows is None else self._kept[dtype][rows]
+            return self._kept[dtype] if rows is None else self._kept[dtype].index_select(0, rows)
         return self._quantize(x, dtype, rows)
 
     def _quantize(self, x: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
