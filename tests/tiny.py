@@ -52,7 +52,9 @@ def recipe(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Recip
 
 def embedded(weight: Scheme | None = None, bits: int = 4) -> Recipe:
     """`recipe` with the embedding quantized, too; 8 bits by row where nothing else is said."""
-    return Recipe(recipe(bits).rules | {"embeddings": Rule(".*embed_tokens", weight or Scheme(IntGrid(8), PerChannel()))})
+    return Recipe(
+        recipe(bits).rules | {"embeddings": Rule(".*embed_tokens", weight or Scheme(IntGrid(8), PerChannel()))}
+    )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

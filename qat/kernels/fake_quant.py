@@ -1,9 +1,9 @@
 """Fake-quantization: x -> round_D(level(x / s) * s), the forward of QAT, as one opaque operator.
 
 Shapes: x `[...]`; scale, log_step, zero_point and zero_step of a scale shape that groups x (`numerics/granularity.py`);
-global_scale `[1]`; result of x's shape in `dtype`. With rows `[n]` of a matrix x, for a lookup, only these are computed,
-and the result is `[n, I]`. What is served follows from an observed part and a learned one, which is 0 at the start, so
-that training begins exactly on what was observed:
+global_scale `[1]`; result of x's shape in `dtype`. With rows `[n]` of a matrix x, for a lookup, these alone are
+computed, and the result is `[n, I]`. What is served follows from an observed part and a learned one, which is 0 at
+the start, so that training begins exactly on what was observed:
 
     s = round(scale * exp(log_step))  in the scale's dtype, over the global scale where there is one
     z = clamp(rint(zero_point + zero_step), qmin, qmax)
@@ -15,6 +15,7 @@ and sums, either of which moves codes. `torch.compile` sees one call, and codes 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from qat.numerics.levels import snap
 
 Watcher = Callable[[Tensor, Tensor, Tensor | None], None]  # x, result, rows
 _watcher: Watcher | None = None
+Part = TypeVar("Part", Tensor, Tensor | None)
 
 
 def served_scale(scale: Tensor, log_step: Tensor | None) -> Tensor:
@@ -39,7 +41,7 @@ def served_zero(zero_point: Tensor, zero_step: Tensor | None, grid: IntGrid) -> 
     return torch.round(zero_point.float() + zero_step).clamp_(grid.qmin, grid.qmax).to(torch.int8)
 
 
-def taken(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+def taken(values: Part, rows: Tensor | None) -> Part:
     """Rows of a matrix, or of the values that belong to its rows; a value for the whole matrix is every row's."""
     return values if values is None or rows is None or values.dim() < 2 else values.index_select(0, rows)
 
@@ -66,11 +68,8 @@ def _fake_quantize(
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     levels, whole = grid_of(grid), x
-    x, scale, log_step, zero_point, zero_step = (
-        taken(part, rows) for part in (x, scale, log_step, zero_point, zero_step)
-    )
-    assert x is not None
-    assert scale is not None
+    x, scale, log_step = taken(x, rows), taken(scale, rows), taken(log_step, rows)
+    zero_point, zero_step = taken(zero_point, rows), taken(zero_step, rows)
     s = served(served_scale(scale, log_step), global_scale)
     z = None
     if zero_point is not None:

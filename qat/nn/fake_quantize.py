@@ -223,7 +223,6 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         whole, s, zero_point, rows = ctx.saved_tensors
         x, zero_point, grid, single = taken(whole, rows), taken(zero_point, rows), ctx.scheme.grid, s.dim() == 1
-        assert x is not None
         s = s.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
         grad = group(grads[0].to(s.dtype), s.squeeze(-1))
         u, low, high, z = group(x.to(s.dtype), s.squeeze(-1)) / s, grid.low, grid.high, None

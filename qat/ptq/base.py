@@ -17,7 +17,6 @@ from qat.surgery.match import Plan
 from qat.surgery.prepare import families
 from qat.surgery.walk import Block, Changes
 
-
 OUTSIDE = "outside of the decoder blocks, where the method does not work"
 
 

@@ -162,7 +162,9 @@ def _decides(recipe: Recipe, name: str) -> tuple[str | None, Rule | None]:
 
 def _check_lookup(name: str, module: nn.Embedding, key: str | None, input: Scheme | None) -> None:
     if input is not None:
-        raise ValueError(f"{name}: rule {key} has an input scheme, but the input of an embedding is token ids; use null")
+        raise ValueError(
+            f"{name}: rule {key} has an input scheme, but the input of an embedding is token ids; use null"
+        )
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option):
             raise ValueError(

@@ -113,7 +113,7 @@ def test_a_packed_embedding_is_its_tied_heads_linear(saved: Callable, tmp_path: 
         ids = torch.tensor([255, 0, 7, 7])
         expected = checkpoint.model.get_input_embeddings().weight[ids]
         assert torch.equal(embedding(ids, torch.float32), expected)
-    with pytest.raises(ValueError, match="tensor model.embed_tokens is .*; config.json asks for"):
+    with pytest.raises(ValueError, match=r"tensor model\.embed_tokens is .*; config\.json asks for"):
         opened(tmp_path / "packed").embedding("model.embed_tokens", 255, 64)
 
 

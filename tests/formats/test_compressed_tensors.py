@@ -135,7 +135,9 @@ def test_what_the_format_cannot_say_is_refused_by_module(weight, input, message)
 
 
 def test_an_embedding_is_refused_by_name_and_fix(tmp_path):
-    message = "^model.embed_tokens: transformers does not load a packed embedding .* Use format=none, or add a later rule"
+    message = (
+        "^model.embed_tokens: transformers does not load a packed embedding .* Use format=none, or add a later rule"
+    )
     with pytest.raises(ValueError, match=message):
         ct.check_scheme("model.embed_tokens", scheme(8), None, "Embedding")
     with pytest.raises(ValueError, match=message):
