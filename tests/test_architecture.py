@@ -18,7 +18,7 @@ BANNED = ("utils", "helpers", "common", "manager", "misc")
 SUFFIXES = ("_utils", "_helpers", "_common", "_misc")  # a block_manager is the paging paper's own word
 LIGHT = (
     "qat",
-    *(f"qat.numerics.{name}" for name in ("grid", "granularity", "scheme", "recipe", "allocate")),
+    *(f"qat.numerics.{name}" for name in ("grid", "granularity", "scheme", "recipe", "kv", "allocate")),
     "qat.engine.config",
 )
 MACHINE = re.compile(r"(?<![\w.~$}])/(home|root|Users|work|mnt|media|scratch)/\w")

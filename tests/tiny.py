@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qat.data.text import Tokens, load, save, tokenizer_digest
 from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.grid import IntGrid
+from qat.numerics.kv import KINDS
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 
@@ -46,8 +47,9 @@ def scheme(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Schem
     return Scheme(IntGrid(bits), PerGroup(group_size), symmetric)
 
 
-def recipe(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Recipe:
-    return Recipe({"linears": Rule(".*_proj", scheme(bits, group_size, symmetric)), "head": Rule("lm_head", None)})
+def recipe(bits: int = 4, group_size: int = 32, symmetric: bool = True, kv: str | None = None) -> Recipe:
+    rules = {"linears": Rule(".*_proj", scheme(bits, group_size, symmetric)), "head": Rule("lm_head", None)}
+    return Recipe(rules, None if kv is None else KINDS[kv])
 
 
 def embedded(weight: Scheme | None = None, bits: int = 4) -> Recipe:

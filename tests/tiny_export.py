@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 from tiny import byte_tokenizer, recipe, tiny
 
+from qat.evaluation.precision import compared_in
 from qat.evaluation.reference import decode
 from qat.evaluation.verify import issue
 from qat.formats import compressed_tensors
 from qat.formats.base import unquantized_state
+from qat.nn.kv import quantize_kv
 from qat.nn.observers.minmax import MinMax
 from qat.ptq.rtn import rtn
 from qat.surgery.convert import apply
@@ -16,12 +18,20 @@ from qat.surgery.convert import apply
 PROMPTS = ([5, 9, 200, 31], [77, 3], [1, 2, 3, 4, 5, 6, 7])
 
 
-def export(path: Path, bits: int = 4, symmetric: bool = True, certified: bool = True, new_tokens: int = 32) -> None:
-    model, rules = tiny(), recipe(bits, symmetric=symmetric)
+def export(
+    path: Path,
+    bits: int = 4,
+    symmetric: bool = True,
+    certified: bool = True,
+    new_tokens: int = 32,
+    kv: str | None = None,
+) -> None:
+    model, rules = tiny(), recipe(bits, symmetric=symmetric, kv=kv)
     changes = rtn(model, rules, [], observer=MinMax())
     compressed_tensors.save(path, model, rules, changes.tensors, changes.folded, byte_tokenizer())
     if certified:
         graph = apply(model, changes.tensors, changes.folded)
-        sequences = [decode(graph, torch.tensor(prompt), new_tokens) for prompt in PROMPTS]
+        quantize_kv(graph, rules.kv)
+        sequences = [decode(graph, torch.tensor(prompt), new_tokens, compared_in(rules)) for prompt in PROMPTS]
         plain = unquantized_state(model, changes.tensors, changes.folded, torch.bfloat16)
         issue(path, changes.tensors, plain, sequences, {"captured": "not applicable: post-training method"})

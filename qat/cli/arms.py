@@ -19,11 +19,13 @@ from qat.evaluation.reference import Sequence
 from qat.formats import compressed_tensors
 from qat.formats.base import file_bytes, unquantized_state
 from qat.nn.fake_quantize import kept
+from qat.nn.kv import quantize_kv
 from qat.numerics.qtensor import QuantizedTensor
 from qat.surgery.calibrate import calibrate
+from qat.surgery.changes import Changes
 from qat.surgery.convert import Folded, Tensors, apply, input_scales, is_input_scale, quantize_inputs
 from qat.surgery.prepare import prepare
-from qat.surgery.walk import Changes
+from qat.surgery.start import start_from
 from qat.training.certify import certify
 from qat.training.fit import Training, fit, precision
 from qat.training.losses import Loss
@@ -59,11 +61,27 @@ def quantize(bench: Workbench, name: str, method: Mapping[str, Any]) -> Changes:
 
 
 def static_inputs(bench: Workbench, changes: Changes) -> Folded:
-    """Static scales of inputs, calibrated on what the method's weights compute; empty where there are none."""
+    """Static scales of inputs, calibrated on what the method's weights compute; empty where it found its own."""
+    if any(is_input_scale(name) for name in changes.folded):
+        return {}
     graph = apply(bench.judged, changes.tensors, changes.folded)
+    quantize_kv(graph, bench.recipe.kv)
     quantize_inputs(graph, bench.recipe, {}, bench.build("input_observer"))
     calibrate(graph, bench.calibration)
     return input_scales(graph)
+
+
+def beginning(bench: Workbench) -> Changes | None:
+    """Where QAT starts, as `init` says: what a method finds, or None for the original weights.
+
+    An arm of the same settings and this share what they keep in the run directory: the second takes it from there.
+    """
+    method = (bench.config.get("init") or {}).get("method")
+    if method is None:
+        return None
+    arms: Mapping[str, Any] = bench.config.get("arms") or {}
+    own = f"init_{bench.config['choices']['init']}"
+    return quantize(bench, next((arm for arm, settings in arms.items() if settings == method), own), method)
 
 
 def qat_arm(bench: Workbench, fp: Arm, loggers: list[Any]) -> tuple[Arm, dict[str, Any], dict[str, Any]]:
@@ -89,6 +107,7 @@ def train(
     config = bench.config
     loss: Loss = bench.build("loss")
     optim: Optim = bench.build("optim")
+    begun = beginning(bench)
     student = copy.deepcopy(bench.model).to(bench.device)
     prepare(
         student,
@@ -100,7 +119,11 @@ def train(
         bench.build("input_observer"),
         bench.build("input_estimator"),
     )
-    calibrate(student, bench.calibration)
+    if begun is not None:
+        start_from(student, begun)
+    if begun is None or not begun.state:  # which holds the ranges of inputs, too
+        calibrate(student, bench.calibration)
+    del begun
     training = Training(seq_len=config["data"]["seq_len"], seed=config["seed"], **config["trainer"])
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
     teacher, schedule = bench.judged if loss.distils else None, bench.build("schedule")

@@ -44,7 +44,7 @@ def main(config: dict[str, Any]) -> int:
     windows = tokens.windows(config["split"], sizes["seq_len"], sizes["windows"])
     if device.type == "cuda":
         model = cast(model, torch.bfloat16).to(device)
-    graph = apply(model, dict(checkpoint.tensors), dict(checkpoint.plain))
+    graph = apply(model, dict(checkpoint.tensors), dict(checkpoint.plain), recipe=checkpoint.recipe)
     scores = evaluate(graph, windows, model, sizes["batch_size"])
     assert scores.kl is not None
     assert scores.agree is not None

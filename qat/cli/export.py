@@ -34,7 +34,7 @@ def main(config: dict[str, Any]) -> int:
     else:
         changes = quantize(bench, arm, methods[arm])
         tensors, folded = changes.tensors, changes.folded
-        sequences = references(bench, bench.moved(apply(bench.model, tensors, folded)))
+        sequences = references(bench, bench.moved(apply(bench.model, tensors, folded, recipe=bench.recipe)))
         captured = "not applicable: a post-training method has no training graph"
     out = Path(config["out"]).expanduser() if config["out"] else path / "export" / f"{arm}-{config['format']['name']}"
     outcome = export(bench, arm, tensors, folded, sequences, captured, out)

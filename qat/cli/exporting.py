@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from qat.cli.rundir import versions
 from qat.cli.workbench import Workbench
 from qat.evaluation import reference
+from qat.evaluation.precision import compared_in
 from qat.evaluation.reference import Sequence
 from qat.evaluation.verify import issue, verify
 from qat.formats import compressed_tensors
@@ -22,7 +23,8 @@ FORMATS = {"compressed_tensors": compressed_tensors}
 def references(bench: Workbench, graph: PreTrainedModel) -> list[Sequence]:
     """Reference logits of a graph on the configured prompts."""
     tokens = bench.config["certificate"]["new_tokens"]
-    return [reference.decode(graph, prompt, tokens) for prompt in bench.prompts]
+    dtype = compared_in(bench.recipe)
+    return [reference.decode(graph, prompt, tokens, dtype) for prompt in bench.prompts]
 
 
 def export(

@@ -144,7 +144,11 @@ def _words_generic(name: str, items: list[ast.expr]) -> list[str]:
         return _words(items[0])
     if _is_fixed(name, items):
         return [f"a list of {len(items)} values"]
-    return [WORDS["list"] if name in LISTS else WORDS["dict"] if name in MAPPINGS else name]
+    if name in LISTS:
+        inner = items[0]
+        named = isinstance(inner, ast.Subscript) and _last(inner.value) == "Literal"
+        return [f"a list of {' or '.join(_words(inner))}" if named else WORDS["list"]]
+    return [WORDS["dict"] if name in MAPPINGS else name]
 
 
 def _items(inner: ast.expr) -> list[ast.expr]:

@@ -61,7 +61,8 @@ def sort_overrides(verb: Verb, texts: list[str], tree: Tree) -> Overrides:
             result.problems.append(Problem(key, "given twice"))
         problems = list(_group(verb, key, override, slots, groups, tree))
         result.problems += problems
-        if not problems and chosen[key] == 1:
+        nothing = not override.is_delete() and override.value() is None  # as the defaults list has it
+        if not problems and chosen[key] == 1 and not nothing:
             sign = "~" if override.is_delete() else "" if key in slots else "+"
             path = _file(override)
             result.lines.append(sign + (_bare(override) if path is None else _named(key, override, path, result, tree)))
@@ -145,7 +146,7 @@ def _group(
     if override.is_delete():
         if key not in slots:
             yield Problem(f"~{key}", f"not there{did_you_mean(key, slots)}")
-        elif "." not in slots[key].place and group not in GLOBAL_GROUPS:
+        elif "." not in slots[key].place and slots[key].option is not None:
             yield Problem(f"~{key}", f"qat {verb.name} needs it; choose another option")
         return
     if key not in slots and override.package is None:
@@ -155,7 +156,7 @@ def _group(
         yield Problem(key, f"qat {verb.name} has no group of this name; {hint}")
         return
     value = override.value()
-    if value is None and group not in GLOBAL_GROUPS:
+    if value is None and (key not in slots or slots[key].option is not None):
         yield Problem(key, f"needs an option (there are: {', '.join(tree.options(group))})")
     path = _file(override)
     for option in _options(value):

@@ -9,11 +9,13 @@ from qat.cli.problem import Problem
 from qat.numerics.allocate import at_width
 from qat.numerics.granularity import PerTensor, PerToken
 from qat.numerics.grid import Codebook, IntGrid
+from qat.numerics.kv import kind_of
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import E8M0, integers
 
 LEARNING = ("LSQ", "LSQPlus", "EfficientQAT", "PACT", "SEQ")  # estimators that learn a scale
 RESERVED_ARMS = ("fp", "qat")
+METHODS = ("qat.ptq.", "qat.training.blockwise.")  # where what finds codes lives
 
 
 def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Problem]:
@@ -21,11 +23,13 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     yield from schedule(config)
     yield from betas(config)
     yield from arms(config)
+    yield from settled(config)
     yield from data(config)
     yield from generate(config)
     if isinstance(recipe := built.get("recipe"), Recipe):
         yield from recipe_quantizes(recipe)
         yield from weights(recipe)
+        yield from kv(recipe)
         if "bits" in config:
             yield from widths(recipe)
         yield from estimators(config, recipe)
@@ -59,16 +63,33 @@ def betas(config: dict[str, Any]) -> Iterator[Problem]:
 
 
 def arms(config: dict[str, Any]) -> Iterator[Problem]:
-    """The PTQ arms of a comparison: names that can be file names, methods of this project."""
+    """The arms of a comparison, and where training starts: names that can be file names, methods of this project."""
     nodes = at(config, "arms")
     for name, node in nodes.items() if isinstance(nodes, dict) else []:
         if name in RESERVED_ARMS:
             yield Problem(f"arms.{name}", "every comparison has an arm of this name already; choose another")
         elif not re.fullmatch(r"\w+", name):
             yield Problem(f"arms.{name}", "an arm's name is made of letters, digits and underscores")
-        target = at(node, "_target_")
-        if isinstance(target, str) and target.startswith("qat.") and not target.startswith("qat.ptq."):
-            yield Problem(f"arms.{name}._target_", f"{target} is no PTQ method; those live in qat.ptq")
+        yield from _method(node, f"arms.{name}")
+    yield from _method(at(config, "init.method"), "init.method")
+
+
+def _method(node: Any, where: str) -> Iterator[Problem]:
+    target = at(node, "_target_")
+    if isinstance(target, str) and target.startswith("qat.") and not target.startswith(METHODS):
+        yield Problem(f"{where}._target_", f"{target} is no PTQ method; those live in qat.ptq")
+
+
+def settled(config: dict[str, Any]) -> Iterator[Problem]:
+    """Scales that follow the weights forget where training started, and cannot be what codes were settled with."""
+    freeze, method = at(config, "schedule.freeze"), at(config, "init.method")
+    if is_number(freeze) and freeze > 0:
+        text = f"until step {freeze} scales follow the weights"
+        if isinstance(method, dict):
+            option = at(config, "choices.init")
+            yield Problem("schedule.freeze", f"{text}, and those that init={option} found are forgotten; use 0")
+        if at(config, "optim.train") == "scales":
+            yield Problem("schedule.freeze", f"{text}, but optim.train=scales has its codes settled; use 0")
 
 
 def data(config: dict[str, Any]) -> Iterator[Problem]:
@@ -110,6 +131,15 @@ def weights(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"{where}.weight.granularity", "a weight has no tokens; PerToken is for inputs")
         elif rule.weight.dynamic:
             yield Problem(f"{where}.weight.dynamic", "a weight's scale is stored, never dynamic; use dynamic=false")
+
+
+def kv(recipe: Recipe) -> Iterator[Problem]:
+    """A KV cache has one of a few schemes."""
+    try:
+        if recipe.kv is not None:
+            kind_of(recipe.kv)
+    except ValueError as error:
+        yield Problem("recipe.kv", str(error).removeprefix("recipe.kv: "))
 
 
 def widths(recipe: Recipe) -> Iterator[Problem]:
@@ -156,5 +186,3 @@ def compressed_tensors(recipe: Recipe) -> Iterator[Problem]:
         if isinstance(rule.weight.granularity, PerTensor) and not rule.weight.symmetric:
             text = f"{carries} with zero points per channel or group, not per tensor; use symmetric=true"
             yield Problem(f"{where}.weight.symmetric", text)
-    if recipe.kv is not None:
-        yield Problem("recipe.kv", f"{carries} only, not the KV cache's scheme {recipe.kv}; use kv=null")

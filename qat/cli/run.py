@@ -11,6 +11,7 @@ from qat.cli.exporting import export, references
 from qat.cli.meter import Meter
 from qat.cli.workbench import Workbench, open_workbench
 from qat.evaluation.recovered import recovered
+from qat.numerics.kv import kind_of
 from qat.report.tables import arms_table, export_lines, recovered_lines, warnings
 from qat.surgery.convert import apply
 from qat.training.loggers import wandb_logger
@@ -60,16 +61,22 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
             sequences = references(bench, graph)
             summary["export"] = export(bench, name, changes.tensors, changes.folded, sequences, captured)
     if trains and (TRAINED not in arms or "export" not in summary):
-        say(f"{TRAINED}: {bench.config['trainer']['max_steps']} steps on {bench.config['choices']['loss']}")
+        choices, steps = bench.config["choices"], bench.config["trainer"]["max_steps"]
+        say(f"{TRAINED}: {steps} steps on {choices['loss']}, from {choices['init']}")
         loggers = [] if wandb_run is None else [wandb_logger(wandb_run)]
         arms[TRAINED], summary["export"], summary["cost"] = qat_arm(bench, arms["fp"], loggers)
     if TRAINED in arms:
         reference = "ft_fp" if bench.config["loss"]["ce"] else "fp"  # cross-entropy fits the text: fp is no limit
         if reference in arms:
-            summary["recovered"] = recovered(arms, list(methods), TRAINED, reference)
+            summary["recovered"] = recovered(arms, _ptq(methods), TRAINED, reference)
         elif methods:
             say("nothing is said of recovered losses: with cross-entropy they are judged against a fine-tuned model")
     bench.run.write("summary.json", summary)
+
+
+def _ptq(methods: dict[str, Any]) -> list[str]:
+    """The arms that QAT is judged against: block-wise training is one of its own kind."""
+    return [name for name, method in methods.items() if method["_target_"].startswith("qat.ptq.")]
 
 
 def _introduce(bench: Workbench) -> None:
@@ -81,6 +88,8 @@ def _introduce(bench: Workbench) -> None:
     say(f"device {bench.run.facts['device']}, data {bench.tokens.path.name} {tokens}")
     say(f"calibration {calibrated} tokens, judged on {judged} test tokens in windows of {seq_len}\n")
     print(bench.plan, flush=True)
+    if bench.recipe.kv is not None:
+        say(f"keys and values: {kind_of(bench.recipe.kv)}, a scale for each token and head, in every arm but fp")
 
 
 def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:

@@ -62,7 +62,7 @@ def build_schema(verb: Verb, tree: Tree) -> Node:
     for slot in packaged.slots(verb.primary):
         if slot.group in GLOBAL_GROUPS:
             continue
-        node = root.at(slot.place)
+        node = root.at(packaged.target(slot))
         for option in packaged.options(slot.group):
             node.merge(_merged(packaged.bases(f"{slot.group}/{option}")))
     return root

@@ -11,7 +11,8 @@ import yaml
 
 from qat.cli.problem import ConfigError, Problem, did_you_mean
 
-GLOBAL_HEADER = "# @package _global_"
+PACKAGE_HEADER = "# @package"
+GLOBAL_HEADER = f"{PACKAGE_HEADER} _global_"
 GLOBAL_GROUPS = ("experiment", "debug")  # their options are diffs of the whole config, not a node of it
 
 
@@ -138,10 +139,26 @@ class Tree:
                 found[slot.key] = slot
         return list(found.values())
 
+    def target(self, slot: Slot) -> str:
+        """The place that a slot's options really fill: another one, if their header names it."""
+        for path in self.options(slot.group).values():
+            header = path.read_text(encoding="utf-8").partition("\n")[0]
+            if header.startswith(PACKAGE_HEADER) and slot.key == slot.group:
+                return header.removeprefix(PACKAGE_HEADER).strip()
+        return slot.place
+
     def bases(self, name: str) -> list[dict[str, Any]]:
-        """Contents of a config and of the ones it extends, its own last, without their defaults lists."""
-        extended = [(Path(name).parent / entry).as_posix() for entry in self._defaults(name) if isinstance(entry, str)]
-        inherited = [content for base in extended for content in self.bases(base)]
+        """Contents of a config and of the ones it extends, its own last, without their defaults lists.
+
+        An option that takes in another group's, as `/method@place: gptq`, has its contents at that place.
+        """
+        inherited: list[dict[str, Any]] = []
+        for entry in self._defaults(name):
+            if isinstance(entry, str):
+                inherited += self.bases((Path(name).parent / entry).as_posix())
+            elif (key := str(next(iter(entry)))).startswith("/"):
+                group, _, place = key.lstrip("/").partition("@")
+                inherited += [{place: content} for content in self.bases(f"{group}/{entry[key]}")]
         path = self.find(name)
         assert path is not None, name
         return [*inherited, {key: value for key, value in read_yaml(path).items() if key != "defaults"}]

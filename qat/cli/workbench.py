@@ -24,6 +24,7 @@ from qat.engine.loader import ARCHITECTURES
 from qat.formats import compressed_tensors
 from qat.formats.base import digest
 from qat.models import hf
+from qat.nn.kv import check_kv
 from qat.numerics.recipe import Recipe
 from qat.surgery.convert import apply
 from qat.surgery.match import Plan, match
@@ -140,6 +141,8 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     for row in plan.rows:
         if row.weight is not None and config["format"]["name"] != "none":
             compressed_tensors.check_scheme(row.name, row.weight, row.input, row.kind)
+    if recipe.kv is not None:
+        check_kv(model, recipe.kv)
     test, calib = config["evaluation"], config["calibration"]
     limit = model.config.max_position_embeddings
     for key in ("data", "calibration", "evaluation"):

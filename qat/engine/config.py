@@ -6,8 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from qat.numerics.kv import KINDS
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 KERNELS = ("auto", "reference")
+CACHES = ("auto", "none", *KINDS)
 MAX_LOGPROBS = 20
 FLOAT_MAX = sys.float_info.max  # NaN, infinities and integers beyond any float fail against it
 
@@ -36,8 +39,11 @@ class EngineConfig:
         max_num_batched_tokens: Tokens in one step; longer prompts are prefilled in chunks.
         max_model_len: Tokens of prompt and output together; None: what the model was built for.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
-        dtype: Of activations and cache; `auto`: float32 on a CPU, the checkpoint's storage dtype on a GPU.
+        dtype: Of activations and cache; `auto`: float32 on a CPU, the checkpoint's storage dtype on a GPU. `float64`
+            is for proofs, and runs on the reference kernels only.
         kernel: `auto`: the fastest that fits; `reference`: fp32 everywhere and the reference kernels.
+        kv: What the cache holds: `auto`: as the checkpoint was made for; `none`: vectors in `dtype`; `int8`, `int4` or
+            `fp8`: codes, with a scale for each token and head.
 
     Raises:
         ValueError: A value that means nothing; the message names the field.
@@ -52,6 +58,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     kernel: str = "auto"
+    kv: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -67,8 +74,12 @@ class EngineConfig:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel={self.kernel!r}: expected one of {', '.join(KERNELS)}")
-        if self.kernel == "reference" and self.dtype not in ("auto", "float32"):
+        if self.kernel == "reference" and self.dtype not in ("auto", "float32", "float64"):
             raise ValueError(f"dtype={self.dtype!r}: the reference kernels run in float32; use dtype=auto")
+        if self.kernel != "reference" and self.dtype == "float64":
+            raise ValueError("dtype='float64': only the reference kernels run in it; use kernel=reference")
+        if self.kv not in CACHES:
+            raise ValueError(f"kv={self.kv!r}: expected one of {', '.join(CACHES)}")
 
 
 @dataclass(frozen=True)

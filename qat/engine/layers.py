@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qat.kernels.kv_store import kv_store
+from qat.kernels.kv_store import PagedVectors, kv_store
 from qat.kernels.paged_attention import Paging, paged_attention
 from qat.kernels.w4a16 import linear_by_tiles
 
-Cache = tuple[Tensor, Tensor]  # keys and values of one layer, [blocks, kv_heads, block_size, D] each
+Cache = tuple[PagedVectors, PagedVectors]  # keys and values of one layer
 
 
 class Linear(nn.Module):
@@ -75,8 +75,13 @@ class Concatenated(nn.Module):
         return torch.cat([linear(x) for linear in self.linears], -1)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for what is computed in fp32 at least: fp64 where activations are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class RMSNorm(nn.Module):
-    """`weight * x / rms(x)`, in fp32.
+    """`weight * x / rms(x)`, in fp32 or wider.
 
     Args:
         weight: fp32, of the shape of x's last axes; the mean is over the last one.
@@ -89,10 +94,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x -> its dtype and shape."""
-        wide = x.float()
-        if self.weight.dim() == 1:
-            return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
-        return (F.rms_norm(wide, wide.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
+        y, weight = x.to(wide(x.dtype)), self.weight.to(wide(x.dtype))
+        if weight.dim() == 1:
+            return F.rms_norm(y, weight.shape, weight, self.eps).to(x.dtype)
+        return (F.rms_norm(y, y.shape[-1:], eps=self.eps) * weight).to(x.dtype)
 
 
 class Rotation(NamedTuple):
@@ -138,8 +143,8 @@ class Rotary(nn.Module):
         self.frequencies = nn.Buffer(frequencies.to(device), persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """positions `[T]` -> the rotation in `dtype`, computed in fp32."""
-        angles = positions.float()[:, None, None] * self.frequencies
+        """positions `[T]` -> the rotation in `dtype`, computed in fp32 or wider."""
+        angles = positions.to(wide(dtype))[:, None, None] * self.frequencies
         cos, sin = (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
         return Rotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 

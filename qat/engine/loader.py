@@ -16,6 +16,8 @@ from qat.engine.weights import Weights
 from qat.formats import compressed_tensors
 from qat.formats.base import Checkpoint, load_plain, read_json
 from qat.nn.packed_linear import PackedLinear
+from qat.numerics.kv import check_head_dim, kind_of
+from qat.numerics.recipe import Recipe
 
 ARCHITECTURES: dict[str, Callable[[PretrainedConfig, Weights], Decoder]] = {
     "LlamaForCausalLM": llama,
@@ -36,6 +38,7 @@ class Loaded:
         model: Its layers, on the device.
         config: The configuration, as transformers reads it.
         max_model_len: Tokens of prompt and output together.
+        kv: Kind of its cache, one of `numerics.kv.KINDS`; None: vectors as they are.
         weight_bytes: Bytes of all weights in memory.
         file_bytes: Bytes of the checkpoint's safetensors.
     """
@@ -43,6 +46,7 @@ class Loaded:
     model: Decoder
     config: PretrainedConfig
     max_model_len: int
+    kv: str | None
     weight_bytes: int
     file_bytes: int
 
@@ -57,6 +61,7 @@ def load(path: Path | str, config: EngineConfig) -> Loaded:
     checkpoint = open_checkpoint(Path(path))
     described = describe(checkpoint)
     max_model_len = check_length(described, config.max_model_len)
+    kv = cache_kind(config, checkpoint.recipe, described.head_dim)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={config.device!r}: this machine has no CUDA device; use cpu")
@@ -67,7 +72,7 @@ def load(path: Path | str, config: EngineConfig) -> Loaded:
     weight_bytes = bytes_of(model)
     packed = len(checkpoint.tensors) > 0
     assert not packed or weight_bytes <= GROWTH * weights.file_bytes, f"{weight_bytes} of {weights.file_bytes} bytes"
-    return Loaded(model, described, max_model_len, weight_bytes, weights.file_bytes)
+    return Loaded(model, described, max_model_len, kv, weight_bytes, weights.file_bytes)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -137,6 +142,20 @@ def activation_dtype(config: EngineConfig, described: PretrainedConfig, device: 
     if config.kernel == "reference" or device.type == "cpu":
         return torch.float32
     return described.dtype if isinstance(described.dtype, torch.dtype) else torch.bfloat16
+
+
+def cache_kind(config: EngineConfig, recipe: Recipe, head_dim: int) -> str | None:
+    """The kind of the cache: asked for, or what the checkpoint was made for.
+
+    Raises:
+        ValueError: Vectors of this length do not fit the kind.
+    """
+    kind = None if config.kv == "none" else config.kv
+    if kind == "auto":
+        kind = None if recipe.kv is None else kind_of(recipe.kv)
+    if kind is not None:
+        check_head_dim(kind, head_dim)
+    return kind
 
 
 def _builder(config: PretrainedConfig, file: Path) -> Callable[[PretrainedConfig, Weights], Decoder]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from qat.engine.config import EngineConfig
 from qat.engine.loader import Loaded
 from qat.engine.scheduler import Chunk
+from qat.kernels.kv_store import PagedVectors
 from qat.kernels.paged_attention import Paging
+from qat.numerics.kv import vector_bytes
 
 
 class ModelRunner:
@@ -32,11 +35,8 @@ class ModelRunner:
         self.num_blocks = num_blocks(loaded, config)
         described, dtype = loaded.config, loaded.model.dtype
         shape = (self.num_blocks, described.num_key_value_heads, config.block_size, described.head_dim)
-        # Not zeroed: nothing reads a slot before it is written, and a CPU hands out memory as it is touched.
-        self.caches = [
-            (torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device))
-            for _ in range(described.num_hidden_layers)
-        ]
+        cache = partial(PagedVectors.empty, shape, loaded.kv, dtype, self.device)
+        self.caches = [(cache(), cache()) for _ in range(described.num_hidden_layers)]
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -49,7 +49,7 @@ class ModelRunner:
         slots = tables[rows, positions // size] * size + positions % size
         tokens = list(chain.from_iterable(c.sequence.tokens(c.start, c.stop) for c in chunks))
         ids, places, written = self._tensor(np.stack([np.array(tokens), positions, slots]))
-        shape = self.caches[0][0].shape
+        shape = self.caches[0][0].data.shape
         paging = Paging(written, self._tensor(tables), lengths.tolist(), stops.tolist(), shape)
         with self._precision():
             return self.model(ids, places, paging, self.caches)
@@ -95,7 +95,8 @@ def num_blocks(loaded: Loaded, config: EngineConfig) -> int:
         return config.num_blocks
     described = loaded.config
     vectors = 2 * described.num_hidden_layers * described.num_key_value_heads * config.block_size
-    block_bytes = vectors * described.head_dim * loaded.model.dtype.itemsize
+    size = described.head_dim * loaded.model.dtype.itemsize
+    block_bytes = vectors * (size if loaded.kv is None else vector_bytes(loaded.kv, described.head_dim))
     held = int(config.kv_memory_gib * 2**30) // block_bytes
     if held < 1:
         raise ValueError(

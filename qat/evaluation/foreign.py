@@ -4,13 +4,17 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.modeling.kvcache import KV_CACHE_ATTR
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
-from qat.evaluation.reference import Sequence, difference, full_precision
+from qat.evaluation.precision import compared_in, computing
+from qat.evaluation.reference import Sequence, difference
 from qat.formats import compressed_tensors
 from qat.formats.base import Checkpoint
 from qat.models.hf import load_quantized
+from qat.nn.kv import quantize_kv
+from qat.numerics.scheme import Scheme
 
 
 def library(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -58,23 +62,33 @@ def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: l
     path = "AutoModelForCausalLM.from_pretrained" + (
         "" if symmetric else " with CompressedTensorsConfig(dequantize=True)"
     )
+    compares = dtype is torch.float32 and bool(sequences)
+    if compares and checkpoint.recipe.kv is not None:
+        path += ", its cache replaced by ours"
+        _replace_cache(model, checkpoint.recipe.kv)
     row: dict[str, Any] = {
         "load_path": path, "dtype": str(model.dtype).removeprefix("torch."), "max_abs_diff": worst, "worst": where
     }  # fmt: skip
-    if dtype is torch.float32 and sequences:
-        row |= logits(model, sequences)
-    return row
+    return row | logits(model, sequences, compared_in(checkpoint.recipe)) if compares else row
 
 
-def logits(model: Any, sequences: list[Sequence]) -> dict[str, Any]:
-    """Largest difference of a model's fp32 logits from the reference's, and the largest reference logit."""
+def logits(model: Any, sequences: list[Sequence], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Largest difference of a model's logits in `dtype` from the reference's, and the largest reference logit."""
     worst = largest = 0.0
-    with full_precision():
+    with computing(dtype):
         for sequence in sequences:
             out = model(input_ids=sequence.ids[None, :-1], use_cache=False).logits[0].float()
             worst = max(worst, difference(out, sequence.logits))
             largest = max(largest, float(sequence.logits.abs().max()))
     return {"max_abs_logit_diff": worst, "max_abs_logit": largest}
+
+
+def _replace_cache(model: Any, kv: Scheme) -> None:
+    """compressed-tensors rounds keys and values too, but with its own scales: absmax / 127.5, and in the dtype of x."""
+    for module in model.modules():
+        if hasattr(module, KV_CACHE_ATTR):
+            module.quantization_enabled = False
+    quantize_kv(model, kv)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -1,7 +1,5 @@
-"""Reference logits: what the trained or calibrated graph says in fp32, on fixed prompts and their greedy ends."""
+"""Reference logits: what the trained or calibrated graph says, on fixed prompts and their greedy ends."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from qat.evaluation.precision import computing
 
 FILE = "verify/reference.safetensors"  # in a folder of its own: serving tools read every safetensors file of theirs
 
@@ -35,38 +35,29 @@ class Sequence:
 
 
 @torch.no_grad()
-def decode(graph: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Sequence:
+def decode(graph: PreTrainedModel, prompt: Tensor, new_tokens: int, dtype: torch.dtype = torch.float32) -> Sequence:
     """Greedy decoding with a KV cache, keeping the logits of every position; eos does not stop it.
 
     Args:
         graph: Any causal language model, with fp32 parameters.
         prompt: Token ids `[T]`.
         new_tokens: How many to append.
+        dtype: What it computes in, fp32 or fp64: see `precision.compared_in`.
     """
     device = next(graph.parameters()).device
-    with full_precision():
+    ids, logits = prompt.tolist(), []
+    with computing(dtype):
         out = graph(input_ids=prompt[None].to(device), use_cache=True)
-        logits, ids = [out.logits[0].float().cpu()], prompt.tolist()
+        logits.append(out.logits[0].cpu())
         for _ in range(new_tokens):
             ids.append(int(logits[-1][-1].argmax()))
             if len(ids) == len(prompt) + new_tokens:
                 break
             step = torch.tensor([[ids[-1]]], device=device)
             out = graph(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
-            logits.append(out.logits[0].float().cpu())
-    return Sequence(torch.tensor(ids), len(prompt), torch.cat(logits))
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 means fp32: neither autocast nor TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+            logits.append(out.logits[0].cpu())
+    assert all(part.dtype == dtype for part in logits), f"logits in {logits[0].dtype}, asked for in {dtype}"
+    return Sequence(torch.tensor(ids), len(prompt), torch.cat(logits).float())
 
 
 def save(path: Path, sequences: list[Sequence]) -> None:

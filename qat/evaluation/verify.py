@@ -18,6 +18,7 @@ from torch import Tensor
 from qat.engine.config import EngineConfig, SamplingParams
 from qat.engine.llm import LLM
 from qat.evaluation import foreign, reference
+from qat.evaluation.precision import compared_in
 from qat.evaluation.reference import Sequence, difference
 from qat.formats import compressed_tensors
 from qat.formats.base import CERTIFICATE, Checkpoint, digest, quantized_digests, read_json
@@ -97,7 +98,7 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
         unchecked.append("weights of the training graph: only the run that trained them could capture them")
     checks |= _foreign(checkpoint, sequences)
     if sequences:
-        checks["engine"] = _engine(path, sequences, device)
+        checks["engine"] = _engine(path, sequences, device, compared_in(checkpoint.recipe))
         checks["fast_path"] = _fast_path(path, sequences, device)
     proof = {name: check for name, check in checks.items() if name != "fast_path"}  # that one is a measurement
     verified = bool(sequences) and "tensors" in proof and all(check["passed"] for check in proof.values())
@@ -129,8 +130,9 @@ def _foreign(checkpoint: Checkpoint, sequences: list[Sequence]) -> dict[str, Any
     return rows
 
 
-def _engine(path: Path, sequences: list[Sequence], device: str) -> dict[str, Any]:
-    llm = LLM(path, EngineConfig(kernel="reference", device=device))
+def _engine(path: Path, sequences: list[Sequence], device: str, dtype: torch.dtype) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    llm = LLM(path, EngineConfig(kernel="reference", device=device, dtype=name))
     worst = largest = 0.0
     for sequence, scores in zip(sequences, _scores(llm, sequences), strict=True):
         worst = max(worst, difference(scores, sequence.logits))
@@ -142,6 +144,8 @@ def _engine(path: Path, sequences: list[Sequence], device: str) -> dict[str, Any
     llm.check_integrity()
     enough = len(sequences) >= MIN_PROMPTS and min(lengths) >= MIN_TOKENS
     return {
+        "dtype": name,
+        "kv": llm.loaded.kv,
         "max_abs_logit_diff": worst,
         "max_abs_logit": largest,
         "greedy_equal": equal,

@@ -11,6 +11,11 @@ Symmetric checkpoints must not hold a zero point: vLLM refuses them.
 
 A packed embedding is read here, and decoded by the library, but not written: transformers 5.23 cannot load one unless
 it is asked to dequantize, and then only where the whole file has one scheme.
+
+A KV cache with a scale for each token and head stores nothing but its scheme, `kv_cache_scheme`: dynamic, in groups of
+head_dim elements (`token` would be one scale for all tokens of a head, as the library computes it). No key says how an
+integer scale follows from absmax: here it is absmax / 127, where the library divides by 127.5. vLLM reads none but
+static FP8 from a file, and refuses these by name.
 """
 
 import re
@@ -35,6 +40,7 @@ from qat.formats.base import (
 from qat.numerics.affine import scale_dtype
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from qat.numerics.grid import IntGrid
+from qat.numerics.kv import KINDS, head_dim, kind_of
 from qat.numerics.packing import num_words, offset, pack, unpack
 from qat.numerics.qtensor import QuantizedTensor, as_integers
 from qat.numerics.recipe import Recipe, Rule
@@ -95,6 +101,7 @@ def save(
         if tensor.scale.dtype != scale_dtype(tensor.scheme, dtype):
             raise ValueError(f"{name}: scale in {tensor.scale.dtype}, but the storage dtype is {dtype}")
     config = quantization_config(tensors, linear_names(model))
+    config["kv_cache_scheme"] = None if recipe.kv is None else kv_args(recipe.kv, head_dim(model.config.to_dict()))
     write_directory(Path(path), model, tokenizer, state(model, tensors, folded, dtype), config, dtype)
 
 
@@ -207,6 +214,39 @@ def weights_args(scheme: Scheme) -> dict[str, Any]:
     }
 
 
+def kv_args(kv: Scheme, size: int) -> dict[str, Any]:
+    """A KV cache's scheme in the format's words, for heads of `size` elements.
+
+    Raises:
+        ValueError: It is none that a cache can have.
+    """
+    number = "int" if kind_of(kv).startswith("int") else "float"
+    return {
+        "num_bits": kv.grid.bits,
+        "type": number,
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": size,
+        "dynamic": True,
+    }
+
+
+def kv_scheme(written: Any, size: int) -> Scheme:
+    """The inverse of `kv_args`.
+
+    Raises:
+        ValueError: Another scheme, such as one with static scales.
+    """
+    for kv in KINDS.values():
+        ours = kv_args(kv, size)
+        if isinstance(written, dict) and {key: written.get(key) for key in ours} == ours:
+            return kv
+    raise ValueError(
+        f"kv_cache_scheme {written}; this reader serves dynamic {', '.join(KINDS)} with one scale for each token and "
+        f"head (strategy group, group_size {size})"
+    )
+
+
 def scheme_of(where: str, group: Mapping[str, Any]) -> Scheme:
     """The scheme of a config group.
 
@@ -252,9 +292,14 @@ def load(path: Path | str) -> Checkpoint:
     if (method := quantization.get("quant_method")) != METHOD or quantization.get("format") not in (FORMAT, None):
         found = f"{method!r} {quantization.get('format', '')}".strip()
         raise ValueError(f"{path}: quantized by {found}; this reader serves {METHOD} {FORMAT}")
-    for key in ("transform_config", "kv_cache_scheme", "sparsity_config"):
+    for key in ("transform_config", "sparsity_config"):
         if quantization.get(key):
             raise ValueError(f"{path}/config.json: {key} is set; this reader serves quantized weights alone")
+    if (kv := quantization.get("kv_cache_scheme")) is not None:
+        try:
+            kv = kv_scheme(kv, head_dim(config))
+        except ValueError as error:
+            raise ValueError(f"{path}/config.json: {error}") from None
     reader = Reader(path)
     modules = [name.removesuffix(".weight_packed") for name in reader.files if name.endswith(".weight_packed")]
     if missing := [name for name in modules if f"{name}.weight_scale" not in reader.files]:
@@ -281,7 +326,8 @@ def load(path: Path | str) -> Checkpoint:
         return tensor
 
     plain = [name for name in reader.files if name not in parts]
-    return Checkpoint(path, config, _recipe(schemes), Lazy(modules, read), Lazy(plain, reader.plain))
+    recipe = replace(_recipe(schemes), kv=kv)
+    return Checkpoint(path, config, recipe, Lazy(modules, read), Lazy(plain, reader.plain))
 
 
 def module_schemes(path: Path, quantization: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme]:

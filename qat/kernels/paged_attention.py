@@ -1,16 +1,18 @@
 """Causal attention over a paged cache, for any mix of prefill chunks and decode rows. The reference.
 
-    q [T, heads, head_dim], caches [blocks, kv_heads, block_size, head_dim] -> [T, heads, head_dim]
+    q [T, heads, head_dim], caches of keys and values [blocks, kv_heads, block_size, ...] -> [T, heads, head_dim]
 
 A batch is the tokens of several sequences one after another. Sequence i brings its last `query_lens[i]` tokens; they
 see its first `context_lens[i]` tokens, themselves included, whose keys and values are in the cache already. Vectors are
 gathered slot by slot and only where a token has been written, so nothing that lies in the unused part of a block, NaN
-included, is ever read. The softmax is fp32.
+included, is ever read. Where the cache is quantized they are dequantized as they are gathered, the batch's own tokens
+among them. The softmax is fp32.
 
 Sequences that bring one token are computed together. Their contexts are padded to the longest of a bucket, and buckets
 span a factor of two, so padding can at most double the work. Prefill chunks are computed one by one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qat.kernels.kv_store import PagedVectors
+
+SPAN = 8  # tokens gathered at once, where a block has them: 128 bytes each make rows of a kilobyte
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +36,7 @@ class Paging:
         block_tables: Blocks of each sequence, int64 `[S, most blocks]`; entries past a sequence's own are ignored.
         query_lens: Tokens that each sequence brings, in the batch's order; they sum to T.
         context_lens: Tokens that each sequence then has in the cache.
-        cache_shape: Shape of a cache.
+        cache_shape: Shape of a cache: its first three axes are blocks, key-value heads and slots of a block.
     """
 
     slots: Tensor
@@ -53,27 +59,39 @@ class Paging:
         return chunks
 
     def _decode(self, members: np.ndarray, starts: np.ndarray, contexts: np.ndarray) -> "Chunk":
-        device, longest = self.slots.device, int(contexts.max())
+        device = self.slots.device
         lengths, rows, indices = (torch.from_numpy(a).to(device) for a in (contexts, starts, members))
-        positions = torch.arange(longest, device=device).expand(len(members), -1)
-        valid = positions < lengths[:, None]
-        padded = bool((contexts < longest).any())
-        read = self._vectors(indices, torch.where(valid, positions, 0) if padded else positions)
-        return Chunk(rows, read, valid[:, None, None] if padded else None, 1)
+        read, seen, last = self._spans(indices, lengths, int(contexts.max()))
+        every = bool((contexts == seen.shape[-1]).all())
+        return Chunk(rows, read, self.span, None if every else last, None if every else seen[:, None, None], seen, 1)
 
     def _prefill(self, member: int, start: int) -> "Chunk":
         device, length, context = self.slots.device, self.query_lens[member], self.context_lens[member]
-        positions = torch.arange(context, device=device)
-        read = self._vectors(torch.tensor([member], device=device), positions[None])
+        index, lengths = torch.tensor([member], device=device), torch.tensor([context], device=device)
+        read, seen, last = self._spans(index, lengths, context)
+        positions = torch.arange(seen.shape[-1], device=device)
         mask = positions <= torch.arange(context - length, context, device=device)[:, None]
-        return Chunk(torch.arange(start, start + length, device=device), read, mask, length)
+        rows = torch.arange(start, start + length, device=device)
+        return Chunk(rows, read, self.span, last, mask, seen, length)
 
-    def _vectors(self, members: Tensor, positions: Tensor) -> Tensor:
-        """Where the vectors of positions `[n, L]` lie in `cache.view(-1, head_dim)`: `[n, kv_heads, L]`."""
-        _, kv_heads, block_size, _ = self.cache_shape
-        block = self.block_tables[members[:, None], positions // block_size]
-        heads = torch.arange(kv_heads, device=positions.device)[:, None]
-        return (block[:, None] * kv_heads + heads) * block_size + (positions % block_size)[:, None]
+    @property
+    def span(self) -> int:
+        """Tokens that are gathered at once: a GPU gathers rows, and a row for each token would be a short one."""
+        return math.gcd(SPAN, self.cache_shape[2])
+
+    def _spans(self, members: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What sequences read, in spans: where each lies `[n, kv_heads, S]`, which of its tokens are seen `[n, L]`, and
+        which span holds a sequence's last token `[n]`. Padding repeats a sequence's first span."""
+        _, kv_heads, block_size = self.cache_shape[:3]
+        device, parts = self.slots.device, block_size // self.span
+        spans = torch.arange(-(-longest // self.span), device=device).expand(len(members), -1)
+        last = (lengths - 1) // self.span
+        spans = torch.where(spans <= last[:, None], spans, 0)
+        block = self.block_tables[members[:, None], spans // parts]
+        heads = torch.arange(kv_heads, device=device)[:, None]
+        places = (block[:, None] * kv_heads + heads) * parts + (spans % parts)[:, None]
+        seen = torch.arange(spans.shape[1] * self.span, device=device) < lengths[:, None]
+        return places, seen, last
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,18 +100,37 @@ class Chunk:
 
     Attributes:
         rows: Their places in the batch, `[n * length]`.
-        read: Vectors of the cache that each sequence reads, `[n, kv_heads, L]`; padding repeats its first token's.
-        mask: True where a query sees a key, broadcast over `[n, kv_heads, queries, L]`; None: everywhere.
+        read: Spans of the cache that each sequence reads, `[n, kv_heads, S]`.
+        span: Tokens of a span.
+        last: The span of each sequence's last token, `[n]`; None: every token of every span is seen.
+        mask: True where a query sees a key, broadcast over `[n, kv_heads, queries, S * span]`; None: everywhere.
+        seen: True where a token belongs to its sequence, `[n, S * span]`.
         length: Tokens of each sequence.
     """
 
     rows: Tensor
     read: Tensor
+    span: int
+    last: Tensor | None
     mask: Tensor | None
+    seen: Tensor
     length: int
 
+    def gathered(self, cache: PagedVectors, dtype: torch.dtype) -> Tensor:
+        """Vectors `[n, kv_heads, S * span, head_dim]`; 0 where the last span goes beyond its sequence."""
+        n, kv_heads, spans = self.read.shape
+        vectors = cache.read(self.read, self.span, dtype).view(n, kv_heads, spans, self.span, -1)
+        if self.last is not None:
+            rows = torch.arange(n, device=self.read.device)
+            unwritten = ~self.seen.view(n, spans, self.span)[rows, self.last]
+            tail = vectors[rows, :, self.last]
+            vectors[rows, :, self.last] = tail.masked_fill_(unwritten[:, None, :, None], 0)
+        return vectors.view(n, kv_heads, spans * self.span, -1)
 
-def paged_attention(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, paging: Paging, scale: float) -> Tensor:
+
+def paged_attention(
+    q_THD: Tensor, k_cache: PagedVectors, v_cache: PagedVectors, paging: Paging, scale: float
+) -> Tensor:
     """Attention of every token of the batch over its sequence's context.
 
     Args:
@@ -115,10 +152,10 @@ def paged_attention(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, paging: Pag
     return out
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: Chunk, scale: float) -> Tensor:
+def _attend(q: Tensor, k_cache: PagedVectors, v_cache: PagedVectors, chunk: Chunk, scale: float) -> Tensor:
     """Attention of one chunk: its queries `[n * length, heads, head_dim]` -> the same shape."""
     (n, kv_heads, _), dim = chunk.read.shape, q.shape[-1]
-    k, v = (_gathered(cache, chunk.read).to(q.dtype) for cache in (k_cache, v_cache))
+    k, v = (chunk.gathered(cache, q.dtype) for cache in (k_cache, v_cache))
     if chunk.length == 1:  # the heads of a group see the same keys: they are the queries of one head
         y = F.scaled_dot_product_attention(q.reshape(n, kv_heads, -1, dim), k, v, chunk.mask, scale=scale)
         return y.reshape(q.shape)
@@ -126,16 +163,3 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: Chunk, scale: fl
     k, v = (t[0, :, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, chunk.mask, scale=scale)
     return y.permute(2, 0, 1, 3).reshape(chunk.length, -1, dim)
-
-
-def _gathered(cache: Tensor, read: Tensor) -> Tensor:
-    """The vectors that are read, `[n, kv_heads, L, head_dim]`.
-
-    They lie in memory of a rounded size: contexts grow with every step, and memory that was freed is of use for the
-    next one only if it is as large. At most a fifth is spare.
-    """
-    dim, count = cache.shape[-1], read.numel()
-    step = 1 << max(0, count.bit_length() - 3)
-    room = cache.new_empty(-(-count // step) * step, dim)[:count]
-    torch.index_select(cache.view(-1, dim), 0, read.reshape(-1), out=room)
-    return room.view(*read.shape, dim)

@@ -14,7 +14,7 @@ def structure_of(model_type: str) -> Structure:
     """
     if model_type not in STRUCTURES:
         raise ValueError(
-            f"model_type {model_type!r} is not described in qat/models: GPTQ and AWQ serve "
+            f"model_type {model_type!r} is not described in qat/models: GPTQ, AWQ and block-wise training serve "
             f"{', '.join(STRUCTURES)}; RTN and QAT serve any model"
         )
     return STRUCTURES[model_type]

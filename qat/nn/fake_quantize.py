@@ -98,7 +98,7 @@ class FakeQuantize(nn.Module):
                 self._observe_range(x)
                 return
             g = divisor(together or (x,), self.scheme)
-            self._take(*self.observer.qparams(x, self.scheme, self.storage, g), g)
+            self.take(*self.observer.qparams(x, self.scheme, self.storage, g), g)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
@@ -120,9 +120,11 @@ class FakeQuantize(nn.Module):
             assert g is not None
             self.global_scale.copy_(g)
         else:
-            self._take(*qparams(low, high, self.scheme, self.storage), None)
+            self.take(*qparams(low, high, self.scheme, self.storage), None)
 
-    def _take(self, scale: Tensor, zero_point: Tensor | None, g: Tensor | None) -> None:
+    @torch.no_grad()
+    def take(self, scale: Tensor, zero_point: Tensor | None, g: Tensor | None) -> None:
+        """Serves these from here on, as if they had been observed; what was learned before is forgotten."""
         self.scale.copy_(scale)
         self.log_step.zero_()
         if self.zero_point is not None and zero_point is not None:

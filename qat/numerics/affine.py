@@ -123,10 +123,15 @@ def _scale(span: Tensor, scheme: Scheme, g: Tensor | None) -> Tensor:
         power = ((span.view(torch.int32) + (1 << 21)) & 0x7F800000).view(torch.float32)
         return power * 2.0**-grid.exponent
     if g is not None:
-        return g * span / grid.high
+        return _over(g * span, grid.high)
     if isinstance(grid, IntGrid) and not scheme.symmetric:
-        return span / grid.steps
-    return span / (grid.high if scheme.convention == "vllm" else grid.reach)
+        return _over(span, grid.steps)
+    return _over(span, grid.high if scheme.convention == "vllm" else grid.reach)
+
+
+def _over(span: Tensor, number: float) -> Tensor:
+    """A true division: by a plain number a GPU multiplies with its reciprocal, and fp32 scales differ in a last bit."""
+    return span / torch.full_like(span, number)
 
 
 def quantize(

@@ -1,6 +1,7 @@
 """calibrate: static ranges of activations, from batches that the model sees."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,29 @@ def needing(model: nn.Module) -> dict[str, FakeQuantize]:
     """The fake-quantizations whose ranges calibration finds, by module name: those that keep a running range."""
     modules = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantize)}
     return {name: m for name, m in modules.items() if hasattr(m, "seen")}
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[int]:
+    """While open, every static range of an input follows what passes; yields how many there are.
+
+    Raises:
+        ValueError: An activation is not finite, or nothing has passed in the end; names the module.
+    """
+    found = needing(model)
+    before = {name: (m.phase, m.training, m.strength) for name, m in found.items()}
+    for module in found.values():
+        module.seen.zero_()
+        module.train()
+        module.phase, module.strength = Phase.OBSERVE, 0.0
+    try:
+        yield len(found)
+    finally:
+        for name, module in found.items():
+            module.phase, module.training, module.strength = before[name]
+    for name, module in found.items():
+        if int(module.seen) == 0:
+            raise ValueError(f"{name}: no batch reached it, so its static range is not known; give calibration batches")
 
 
 @torch.no_grad()
@@ -31,22 +55,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     Raises:
         ValueError: An activation is not finite, or there are no batches; names the module.
     """
-    found = needing(model)
-    if not found:
-        return 0
-    before = {name: (m.phase, m.training, m.strength) for name, m in found.items()}
     device = next(model.parameters()).device
-    for module in found.values():
-        module.seen.zero_()
-        module.train()
-        module.phase, module.strength = Phase.OBSERVE, 0.0
-    try:
-        for batch in batches:
+    with calibrating(model) as count:
+        for batch in batches if count else ():
             model(input_ids=batch.to(device), use_cache=False)
-    finally:
-        for name, module in found.items():
-            module.phase, module.training, module.strength = before[name]
-    name, least = min(((name, int(m.seen)) for name, m in found.items()), key=lambda item: item[1])
-    if least == 0:
-        raise ValueError(f"{name}: no batch reached it, so its static range is not known; give calibration batches")
-    return len(found)
+    return count

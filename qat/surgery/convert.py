@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from qat.nn.estimators import Clipped
 from qat.nn.fake_quantize import FakeQuantize, Phase
+from qat.nn.kv import quantize_kv
 from qat.nn.linear import compute_dtype
 from qat.nn.observers.base import Observer
 from qat.numerics.qtensor import QuantizedTensor
@@ -37,7 +38,7 @@ def convert(model: nn.Module) -> tuple[Tensors, Folded]:
     for name, linear in fake_quants(model).items():
         quant = linear.weight_fake_quant
         scale, zero_point = quant.qparams()
-        if not bool(torch.isfinite(scale).all()) or not bool(torch.isfinite(linear.weight).all()):
+        if not bool(torch.isfinite(scale.float()).all()) or not bool(torch.isfinite(linear.weight).all()):
             raise ValueError(
                 f"{name}: a scale or a weight is not finite; training has diverged, lower the learning rate"
             )
@@ -126,7 +127,7 @@ def apply(
         tensors: Module name to quantized weight.
         folded: Parameter name to changed tensor.
         dtype: Dtype of the weights; None keeps the model's.
-        recipe: Its input schemes are applied as well; None: weights only.
+        recipe: Its schemes of inputs, keys and values are applied as well; None: weights only.
     """
     shared = {id(p): p for p in model.parameters()} | {id(b): b for b in model.buffers()}
     result = copy.deepcopy(model, memo=dict(shared))
@@ -137,6 +138,7 @@ def apply(
             _replace(result, name, value)
     if recipe is not None:
         quantize_inputs(result, recipe, folded)
+        quantize_kv(result, recipe.kv)
     return result
 
 

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
 from qat.models.families import STRUCTURES
 from qat.nn.embedding import QATEmbedding
 from qat.nn.estimators import SEQ, Clipped, Estimator, LSQPlus
 from qat.nn.fake_quantize import FakeQuantize, Phase
+from qat.nn.kv import quantize_kv
 from qat.nn.linear import QATLinear
 from qat.nn.observers.base import Observer
 from qat.nn.observers.minmax import MinMax
@@ -57,7 +59,8 @@ def prepare(
     its codes are trained by both uses. What stays unquantized and trains (norms, biases, unquantized linears) enters
     the forward through a straight-through rounding to the storage dtype, since that is what will be served. The tables
     of embeddings, and a head tied to them, are frozen unless `train_embeddings`; the scales of quantized ones train as
-    all others do. Static ranges of inputs are not known yet: `surgery.calibrate` follows.
+    all others do. Static ranges of inputs are not known yet: `surgery.calibrate` follows. Keys and values are
+    fake-quantized if the recipe has a `kv`, in every phase: they have no range to observe and no scale to learn.
 
     Args:
         model: A model with fp32 parameters.
@@ -87,6 +90,9 @@ def prepare(
             check_estimator(row.name, estimator, row.weight)
         if row.input is not None and not row.input.dynamic:
             check_estimator(row.name, input_estimator, row.input)
+    if recipe.kv is not None:
+        assert isinstance(model, PreTrainedModel), "keys and values are what transformers' attention calls so"
+        quantize_kv(model, recipe.kv)
     together = families(model, plan.quantized)
     weights: dict[str, FakeQuantize] = {}
     for row in plan.rows:
@@ -111,9 +117,17 @@ def prepare(
         model.set_submodule(row.name, QATLinear.from_float(module, weight, input))
     learns = estimator.learns_scale or input_estimator.learns_scale
     set_phase(model, Phase.LEARN if learns else Phase.FROZEN)
+    prepare_unquantized(model, storage, train_embeddings)
+    return plan
+
+
+def prepare_unquantized(model: nn.Module, storage: torch.dtype, train_embeddings: bool = False) -> None:
+    """Embeddings freeze, unless they train; what else trains unquantized enters the forward rounded to `storage`.
+
+    Of a model without a quantized linear it makes one that is fine-tuned as it will be stored.
+    """
     _freeze_embeddings(model, train_embeddings)
     _round_unquantized(model, storage)
-    return plan
 
 
 def input_fake_quant(

@@ -1,52 +1,28 @@
 """walk: through a model's decoder blocks one at a time, each with the inputs that reach it.
 
-PTQ methods, and whatever else works block by block, share it. Memory holds the model, one private copy of one block,
-and the hidden states at one block boundary. Every block gets the keyword arguments that the model itself hands to it.
+PTQ methods and block-wise training share it. Memory holds the model, one private copy of one block, and the hidden
+states at one block boundary: those of the quantized model, and beside them, where blocks are held to what they should
+compute, those of the full-precision model. Every block gets the keyword arguments that the model itself hands to it.
 """
 
 import copy
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
-
-Row = dict[str, Any]
-
-
-@dataclass
-class Changes:
-    """What was done to some modules.
-
-    Attributes:
-        tensors: Module name to quantized weight.
-        folded: Parameter name to changed unquantized tensor, in the storage dtype.
-        layers: One row for each module, for reports: name, loss, fallback, seconds, ...
-    """
-
-    tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
-    folded: dict[str, Tensor] = field(default_factory=dict)
-    layers: list[Row] = field(default_factory=list)
-
-    def add(self, other: "Changes") -> None:
-        """Takes over what another holds."""
-        self.tensors |= other.tensors
-        self.folded |= other.folded
-        self.layers += other.layers
+from qat.surgery.changes import Changes, write
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block at its turn.
+    """One decoder block at its turn. The streams are the walk's own: nobody keeps them beyond the visit.
 
     Attributes:
         name: Its path in the model; names in `Changes` are absolute.
@@ -54,17 +30,26 @@ class Block:
             asked to propagate changes.
         inputs: Hidden states `[B, T, H]`, a batch each.
         kwargs: Keyword arguments of the block, a batch each.
+        targets: What the original block computes in the full-precision model, a batch each; empty if not asked for.
     """
 
     name: str
     module: nn.Module
     inputs: list[Tensor]
     kwargs: list[dict[str, Any]]
+    targets: list[Tensor] = field(default_factory=list)
+
+    def output(self, index: int, module: nn.Module | None = None) -> Tensor:
+        """What the block as it now is, or another in its place, makes of one batch; on the module's device."""
+        module = module or self.module
+        hidden = self.inputs[index].to(next(module.parameters()).device)
+        output = module(hidden, **self.kwargs[index])
+        return output if isinstance(output, Tensor) else output[0]
 
     def run(self) -> Iterator[Tensor]:
         """Output of the block as it now is, batch by batch."""
-        for hidden, kwargs in zip(self.inputs, self.kwargs, strict=True):
-            yield _hidden(self.module(hidden, **kwargs))
+        for index in range(len(self.inputs)):
+            yield self.output(index)
 
 
 @torch.no_grad()
@@ -77,6 +62,8 @@ def walk(
     recipe: Recipe,
     store: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    targets: bool = False,
+    offload: bool = False,
 ) -> Changes:
     """Visits every decoder block in order.
 
@@ -84,11 +71,13 @@ def walk(
         model: Left as it is.
         batches: Token ids, `[B, T]` each.
         blocks: Path of the list of blocks.
-        visit: May change its private block, and says what it did.
+        visit: May change its private block, and says what it did. It runs without gradients; it may enable them.
         propagate: Whether later blocks see what changed blocks compute, or what the original ones do.
         recipe: Schemes of the stored tensors, for a resumed walk.
         store: A directory in which each finished block is kept; a walk that finds some there goes on after them.
         progress: Called with (blocks done, blocks in all).
+        targets: Whether a second stream, the full-precision model's, goes along, and blocks get its targets.
+        offload: Whether hidden states wait on the CPU.
 
     Returns:
         The changes of all blocks together.
@@ -99,23 +88,36 @@ def walk(
     layers = model.get_submodule(blocks)
     assert isinstance(layers, nn.ModuleList)
     inputs, kwargs = _capture(model, layers, batches)
+    place = torch.device("cpu") if offload else inputs[0].device
+    inputs = [hidden.to(place) for hidden in inputs]
+    full = list(inputs) if targets else []
     changes, done = Changes(), 0
     if store is not None:
         store.mkdir(parents=True, exist_ok=True)
-        done, inputs = _restore(store, changes, recipe, inputs)
+        done = _restore(store, changes, recipe, inputs, full, len(layers), next(model.parameters()).device)
     for index in range(done, len(layers)):
-        block = Block(f"{blocks}.{index}", copy.deepcopy(layers[index]), inputs, kwargs[index])
+        last, name = index + 1 == len(layers), f"{blocks}.{index}"
+        _advance(Block(name, layers[index], full, kwargs[index]), "its full-precision output")
+        block = Block(name, copy.deepcopy(layers[index]), inputs, kwargs[index], full)
         found = visit(block)
         changes.add(found)
-        source = block if propagate else Block(block.name, layers[index], inputs, kwargs[index])
-        inputs = list(source.run()) if index + 1 < len(layers) else []
-        if not all(bool(torch.isfinite(hidden).all()) for hidden in inputs):
-            raise ValueError(f"{block.name}: its output is not finite on the calibration data; the model is damaged")
+        if not last:
+            source = block.module if propagate else layers[index]
+            _advance(Block(name, source, inputs, kwargs[index]), "its output")
         if store is not None:
-            _keep(store, index, found, inputs)
+            _keep(store, index, found, {} if last else {"inputs": inputs, "full": full})
         if progress is not None:
             progress(index + 1, len(layers))
     return changes
+
+
+def _advance(block: Block, what: str) -> None:
+    """Replaces a stream by what the block makes of it, batch by batch."""
+    for index in range(len(block.inputs)):
+        hidden = block.output(index)
+        if not bool(torch.isfinite(hidden).all()):
+            raise ValueError(f"{block.name}: {what} is not finite on the calibration data; the model is damaged")
+        block.inputs[index] = hidden.to(block.inputs[index].device)
 
 
 class _Recorder(nn.Module):
@@ -156,56 +158,35 @@ def _capture(
     return recorders[0].inputs, [recorder.kwargs for recorder in recorders]
 
 
-def _hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+def _keep(store: Path, index: int, found: Changes, streams: dict[str, list[Tensor]]) -> None:
+    """A finished block, and the streams that the next one needs: written before it, so that none is without its own."""
+    parts = {f"{name}/{i:06}": hidden for name, stream in streams.items() for i, hidden in enumerate(stream)}
+    if parts:
+        write(_stream(store, index + 1), parts)
+    found.save(store / f"block-{index:04}.safetensors")
+    _stream(store, index).unlink(missing_ok=True)
 
 
-def _keep(store: Path, index: int, found: Changes, inputs: list[Tensor]) -> None:
-    parts = {f"folded/{name}": value for name, value in found.folded.items()}
-    for name, tensor in found.tensors.items():
-        values = {"codes": tensor.codes, "scale": tensor.scale, "zero_point": tensor.zero_point}
-        values["global_scale"] = tensor.global_scale
-        parts |= {f"{key}/{name}": value for key, value in values.items() if value is not None}
-    parts |= {f"stream/{i:06}": hidden for i, hidden in enumerate(inputs)}
-    part = store / ".part"
-    save_file({k: v.contiguous() for k, v in parts.items()}, part, {"layers": json.dumps(found.layers)})
-    part.replace(store / f"block-{index:04}.safetensors")
-    if index:  # only the newest block needs its stream
-        _drop_stream(store / f"block-{index - 1:04}.safetensors")
-
-
-def _drop_stream(file: Path) -> None:
-    with safe_open(file, framework="pt") as handle:
-        metadata = handle.metadata()
-    part = file.with_name(".part")
-    save_file({k: v for k, v in load_file(file).items() if not k.startswith("stream/")}, part, metadata)
-    part.replace(file)
-
-
-def _restore(store: Path, changes: Changes, recipe: Recipe, inputs: list[Tensor]) -> tuple[int, list[Tensor]]:
+def _restore(
+    store: Path,
+    changes: Changes,
+    recipe: Recipe,
+    inputs: list[Tensor],
+    full: list[Tensor],
+    blocks: int,
+    device: torch.device,
+) -> int:
+    """Takes over finished blocks, and their streams in place; how many blocks there are."""
     files = sorted(store.glob("block-*.safetensors"))
     for index, file in enumerate(files):
         assert file.name == f"block-{index:04}.safetensors", f"{file}: a block before it is missing"
-        parts = {k: v.to(inputs[0].device) for k, v in load_file(file).items()}
-        with safe_open(file, framework="pt") as handle:
-            layers = json.loads(handle.metadata()["layers"])
-        changes.add(Changes(_tensors(parts, recipe), _section(parts, "folded"), layers))
-        if index + 1 == len(files):
-            inputs = list(_section(parts, "stream").values())
-    return len(files), inputs
+        changes.add(Changes.load(file, recipe, device))
+    if 0 < len(files) < blocks:
+        parts = load_file(_stream(store, len(files)))
+        for name, stream in {"inputs": inputs, "full": full}.items():
+            stream[:] = [parts[f"{name}/{i:06}"].to(hidden.device) for i, hidden in enumerate(stream)]
+    return len(files)
 
 
-def _tensors(parts: Mapping[str, Tensor], recipe: Recipe) -> dict[str, QuantizedTensor]:
-    result = {}
-    for name, codes in _section(parts, "codes").items():
-        hit = recipe.rule_for(name)
-        assert hit is not None
-        assert hit[1].weight is not None
-        scale, zero_point, g = (parts.get(f"{part}/{name}") for part in ("scale", "zero_point", "global_scale"))
-        assert scale is not None
-        result[name] = QuantizedTensor(codes, scale, zero_point, hit[1].weight, tuple(codes.shape), g)
-    return result
-
-
-def _section(parts: Mapping[str, Tensor], section: str) -> dict[str, Tensor]:
-    return {k.removeprefix(f"{section}/"): v for k, v in sorted(parts.items()) if k.startswith(f"{section}/")}
+def _stream(store: Path, index: int) -> Path:
+    return store / f"stream-{index:04}.safetensors"

@@ -101,13 +101,20 @@ def fit(
         The module that trained, and `steps` taken in this process, `tokens` seen and `seconds`.
 
     Raises:
-        ValueError: The loss or a gradient is not finite, or the checkpoint belongs to another run.
+        ValueError: The loss or a gradient is not finite, the checkpoint belongs to another run, or the schedule does
+            not fit what trains.
     """
     checkpoint = newest(directory / "checkpoints")
     first = int(checkpoint.stem.removeprefix("step=")) if checkpoint else 0
     data = TokenData(
         tokens, training.seq_len, training.batch_size, training.accumulate, training.val_windows, training.seed
     )
+    if optim.train == "scales" and schedule.freeze:
+        raise ValueError(
+            f"schedule.freeze={schedule.freeze}: until then scales follow the weights, but optim.train=scales has its "
+            f"codes settled; use 0"
+        )
+    optim.select(student)
     module = QATModule(student, teacher, loss, schedule, optim, training.max_steps, training.compile)
     saver = checkpointing(directory / "checkpoints", training.checkpoint_every)
     per_step = training.batch_size * training.accumulate * training.seq_len

@@ -1,13 +1,17 @@
-"""The optimizer: fp32 masters, scales in a group of their own, warm-up and cosine."""
+"""The optimizer: what trains, fp32 masters, scales in a group of their own, warm-up and cosine."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from qat.nn.fake_quantize import FakeQuantize
+from qat.nn.frozen_codes import Follow, freeze_codes
+
+Train = Literal["all", "scales"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Optim:
         warmup: Fraction of the steps.
         final: The cosine ends at this fraction of the peak.
         train_embeddings: Whether embeddings, and a head tied to them, train.
+        train: `all`; or `scales`: codes, norms and all else stay as they are (E2E-QP of arXiv:2407.11062).
 
     Raises:
         ValueError: A value is out of its range.
@@ -34,6 +39,7 @@ class Optim:
     warmup: float = 0.1
     final: float = 0.0
     train_embeddings: bool = False
+    train: Train = "all"
 
     def __post_init__(self) -> None:
         for name in ("lr", "scale_lr", "weight_decay"):
@@ -42,6 +48,13 @@ class Optim:
         for name in ("warmup", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)}: a fraction between 0 and 1")
+        if self.train not in get_args(Train):
+            raise ValueError(f"optim.train={self.train}: one of {', '.join(get_args(Train))}")
+
+    def select(self, model: nn.Module) -> None:
+        """Leaves a prepared model, in place, with a gradient only for what trains."""
+        if self.train == "scales":
+            freeze_codes(model)
 
     def factor(self, step: int, steps: int) -> float:
         """What optimizer step `step` (from 0) of `steps` multiplies the peak learning rates by."""
@@ -50,8 +63,8 @@ class Optim:
         return min((step + 1) / warm, 1) * (self.final + (1 - self.final) * cosine)
 
     def build(self, model: nn.Module, steps: int) -> tuple[Optimizer, LambdaLR]:
-        """Optimizer and schedule over the trainable parameters of a prepared model."""
-        scales = {id(m.log_step) for m in model.modules() if isinstance(m, FakeQuantize) and not m.scheme.dynamic}
+        """Optimizer and schedule over the trainable parameters of a prepared model, after `select`."""
+        scales = {id(p) for m in model.modules() if isinstance(m, FakeQuantize) for p in m.parameters()}
         trainable = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trainable if id(p) not in scales and p.dim() >= 2]
         vectors = [p for p in trainable if id(p) not in scales and p.dim() < 2]
@@ -66,4 +79,6 @@ class Optim:
             },
         ]
         optimizer = AdamW([g for g in groups if g["params"]], betas=(self.betas[0], self.betas[1]), fused=True)
+        if self.train == "scales":
+            optimizer.register_step_post_hook(Follow(model))
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))

@@ -22,6 +22,7 @@ CONFIGS = {
           - _self_
           - model: small
           - recipe: w4
+          - kv: null
           - optim: adamw
           - trainer: auto
           - callbacks: none
@@ -68,6 +69,15 @@ CONFIGS = {
           - w4
           - _self_
         rules: {linears: {weight: {grid: {bits: 3}}}}
+        """,
+    "kv/int8": """
+        # @package recipe.kv
+        # Eight bits.
+        _target_: qat.numerics.scheme.Scheme
+        grid: {_target_: qat.numerics.grid.IntGrid, bits: 8}
+        granularity: {_target_: qat.numerics.granularity.PerToken}
+        dynamic: true
+        convention: vllm
         """,
     "optim/adamw": "_target_: torch.optim.AdamW\n_partial_: true\nlr: 1e-4\nbetas: [0.9, 0.95]\n",
     "trainer/auto": "max_steps: 10\nclip: 1.0\ncompile: false\nlightning: {}\n",

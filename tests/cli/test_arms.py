@@ -1,12 +1,17 @@
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from hydra.utils import instantiate
 
 from qat.cli import arms
 from qat.cli.arms import _progress, judged, train
 from qat.cli.exporting import export
 from qat.evaluation.divergence import Scores
+from qat.formats import compressed_tensors
+from qat.surgery.changes import Changes
 
 BENCH = SimpleNamespace(config={"seed": 3})
 SPENT = {"seconds": 1.0, "cpu_seconds": 2.0, "peak_mem_mb": 3}
@@ -71,10 +76,63 @@ def test_the_reference_is_the_training_graphs_own(bench, monkeypatch, changed):
     assert found["verified"] is not changed
 
 
+STILL = ("optim.lr=1e-30", "optim.scale_lr=1e-30", "trainer.max_steps=1")
+
+
+def load(run):
+    return json.loads((run.path / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def blockap(finish):
+    """Block-AP as an arm, and QAT from there that does not move."""
+    return finish("run", "init=blockwise", "+method@arms.blockap=blockwise", "~arms.awq", *STILL)
+
+
+@pytest.mark.parametrize("arm", ["gptq", "blockap"])
+def test_training_starts_where_the_arm_of_the_same_settings_ended(finish, blockap, arm):
+    """Step 0 has its codes, norms and scales, so a training that does not move is that arm; nothing is found twice."""
+    run = blockap if arm == "blockap" else finish("run", "init=gptq", "~arms.awq", *STILL)
+    arms = load(run)["arms"]
+    assert arms["qat"]["windows"] == arms[arm]["windows"]
+    assert arms["rtn"]["windows"] != arms[arm]["windows"]
+    assert run.out.count(f"{arm}: block 1/1") == 1
+    assert load(run)["export"]["verified"]
+    stores = {path.name for path in (run.path / "checkpoints").iterdir() if path.is_dir()}
+    assert stores == {"gptq", arm}
+
+
+def test_block_wise_training_is_an_arm_and_no_candidate_for_the_best_method_without_training(blockap):
+    summary = load(blockap)
+    assert set(summary["arms"]) == {"fp", "rtn", "gptq", "blockap", "qat"}
+    assert summary["recovered"]["vs_best_ptq"]["candidates"] == ["rtn", "gptq"]
+
+
+def test_other_settings_are_another_start(finish):
+    run = finish("run", "init=gptq", "init.method.damping=0.5", "~arms.awq", "~arms.rtn", *STILL)
+    assert {path.name for path in (run.path / "checkpoints").iterdir() if path.is_dir()} == {"gptq", "init_gptq"}
+    arms = load(run)["arms"]
+    assert arms["qat"]["windows"] != arms["gptq"]["windows"]
+
+
+def test_scales_alone_after_block_wise_training_keep_its_codes(finish, tmp_path):
+    """EfficientQAT whole: Block-AP, then E2E-QP; the certificate holds, and the codes are those of the first stage."""
+    run = finish("train", "init=blockwise", "optim.train=scales", "optim.scale_lr=0.05", "trainer.max_steps=3")
+    assert load(run)["export"]["verified"]
+    stored = Changes.load(
+        run.path / "checkpoints/init_blockwise/block-0000.safetensors",
+        instantiate(yaml.safe_load((run.path / "config.yaml").read_text())["recipe"], _convert_="all"),
+        "cpu",
+    )
+    exported = compressed_tensors.load(load(run)["export"]["path"]).tensors
+    assert exported.keys() == stored.tensors.keys()
+    for name, tensor in stored.tensors.items():
+        assert torch.equal(tensor.codes, exported[name].codes)
+        assert not torch.equal(tensor.scale, exported[name].scale)
+
+
 def test_every_arm_leaves_the_model_as_it_was(finished, root):
     """The run's fp arm and the model's own file agree after all the other arms have come and gone."""
-    import json
-
     from qat.data.text import load
     from qat.evaluation.divergence import evaluate, mean
     from qat.models import hf

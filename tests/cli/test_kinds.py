@@ -50,6 +50,8 @@ def test_values_against_defaults(defaults, value, expected):
         ("Literal['a', 'b'] | None", None, None),
         ("list[int]", [1, 2], None),
         ("list[int]", [1, "a"], 'expected a list, found [1, "a"]'),
+        ("Sequence[Literal['a', 'b']]", ["a"], None),
+        ("Sequence[Literal['a', 'b']]", ["c"], "expected a list of 'a' or 'b', found [\"c\"]"),
         ("tuple[float, float]", [1, 2], None),
         ("tuple[float, float]", [1], "expected a list of 2 values, found [1]"),
         ("tuple[float, ...]", [1, 2, 3], None),

@@ -20,6 +20,15 @@ def test_a_plus_is_neither_needed_nor_wrong(run, tree):
     assert sort_overrides(run, ["++seed=1", "+seed=2"], tree).lines == ["++seed=1", "++seed=2"]
 
 
+def test_a_group_without_a_default_can_be_chosen_and_left_alone(run, tree):
+    assert "kv" not in compose("run", Overrides(), tree).recipe
+    for text in ("kv=null", "~kv"):
+        found = sort_overrides(run, [text], tree)
+        assert found.problems == []
+        assert "kv" not in compose("run", found, tree).recipe
+    assert compose("run", sort_overrides(run, ["kv=int8"], tree), tree).recipe.kv.grid.bits == 8
+
+
 def test_a_slot_that_the_experiment_adds_is_overridden_not_added(run, tree):
     found = sort_overrides(run, ["method@arms.more=sgd", "experiment=more"], tree)
     assert found.lines == ["method@arms.more=sgd", "experiment=more"]

@@ -3,6 +3,7 @@ import pytest
 from qat.cli.rules import check_rules
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import Codebook, IntGrid
+from qat.numerics.kv import KINDS
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 
@@ -28,6 +29,22 @@ def said(config, recipe=None):
             "schedule.freeze: 10 is not below trainer.max_steps=10: the estimator LSQ would never learn",
         ),
         ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas[1]: expected a number from 0 to below 1, found 1.0"),
+        (
+            {"init": {"method": {"_target_": "qat.nn.estimators.LSQ"}}},
+            "init.method._target_: qat.nn.estimators.LSQ is no PTQ",
+        ),
+        (
+            {
+                "schedule": {"start": 0, "freeze": 2},
+                "init": {"method": {"_target_": "qat.ptq.gptq.gptq"}},
+                "choices": {"init": "gptq"},
+            },
+            "schedule.freeze: until step 2 scales follow the weights, and those that init=gptq found are forgotten",
+        ),
+        (
+            {"schedule": {"start": 0, "freeze": 2}, "optim": {"train": "scales"}},
+            "schedule.freeze: until step 2 scales follow the weights, but optim.train=scales has its codes settled",
+        ),
         ({"arms": {"fp": {}}}, "arms.fp: every comparison has an arm of this name"),
         ({"arms": {"a/b": {}}}, "arms.a/b: an arm's name"),
         ({"arms": {"x": {"_target_": "qat.nn.estimators.LSQ"}}}, "arms.x._target_: qat.nn.estimators.LSQ is no PTQ"),
@@ -43,6 +60,8 @@ def test_what_contradicts_is_said(config, words):
     [
         {"schedule": {"start": 0, "freeze": 10}, "trainer": {"max_steps": 10}, "estimator": {"_target_": "x.Clipped"}},
         {"arms": {"gptq_g32": {"_target_": "qat.ptq.gptq.gptq"}}},
+        {"arms": {"blockap": {"_target_": "qat.training.blockwise.blockwise"}}},
+        {"init": {"method": None}, "optim": {"train": "all"}, "schedule": {"start": 0, "freeze": 2}},
         {"schedule": {"start": "a", "freeze": None}, "optim": {"betas": 1}, "arms": 3},  # others' business
     ],
 )
@@ -85,13 +104,20 @@ def test_widths_are_chosen_on_integer_grids():
             Recipe({"a": Rule(".*", Scheme(IntGrid(8), PerTensor(), symmetric=False))}),
             "recipe.rules.a.weight.symmetric: format=compressed_tensors packs weights with zero points per channel",
         ),
-        (Recipe({"a": Rule(".*", GOOD)}, kv=GOOD), "recipe.kv: format=compressed_tensors packs weights only"),
     ],
 )
 def test_what_the_format_cannot_carry(recipe, words):
     (text,) = said({"format": {"name": "compressed_tensors"}}, recipe)
     assert text.startswith(words)
     assert said({"format": {"name": "another"}}, recipe) == []
+
+
+def test_caches():
+    for kv in KINDS.values():
+        assert said({"format": {"name": "compressed_tensors"}}, Recipe({"a": Rule(".*", GOOD)}, kv=kv)) == []
+    (text,) = said({}, Recipe({"a": Rule(".*", GOOD)}, kv=Scheme(IntGrid(8), PerTensor())))
+    assert text.startswith("recipe.kv: granularity=PerTensor()")
+    assert "use granularity=PerToken()" in text
 
 
 @pytest.mark.parametrize(

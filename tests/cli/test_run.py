@@ -221,7 +221,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(start, tmp_path, monkey
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("qat.surgery.walk.save_file", full)
+        patch.setattr("qat.surgery.changes.save_file", full)
         status, _, err = start()
     assert status == 1
     assert err.startswith("qat run: the disk is full at ")

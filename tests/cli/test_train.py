@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from qat.cli.main import main
+
 
 @pytest.fixture(scope="module")
 def trained(finish):
@@ -41,3 +43,14 @@ def test_cross_entropy_alone_needs_no_teacher_and_recovers_against_no_distilled_
     summary = json.loads((run.path / "summary.json").read_text())
     assert summary["export"]["verified"]
     assert "recovered" not in summary  # it would be judged against a fine-tuned model, and there is none
+
+
+def test_a_quantized_cache_is_trained_exported_verified_and_found_again(finish, capsys):
+    run = finish("train", "kv=fp8", "trainer.max_steps=1")
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["export"]["verified"]
+    config = json.loads((run.path / "export" / "compressed_tensors" / "config.json").read_text())
+    assert config["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
+    capsys.readouterr()
+    assert main(["eval", f"runs={run.runs}", f"run={run.path}", "device=cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["kl"] == pytest.approx(summary["arms"]["qat"]["kl"], rel=1e-9)

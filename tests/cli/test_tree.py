@@ -28,6 +28,7 @@ def test_groups_and_options(tree):
         "callbacks",
         "debug",
         "experiment",
+        "kv",
         "logger",
         "method",
         "model",
@@ -50,9 +51,22 @@ def test_slots_include_what_a_primary_extends(tree):
     assert tree.slots("experiment/more") == [Slot("method", "arms.more", "sgd")]
 
 
+def test_a_header_names_the_place_that_options_fill(tree):
+    places = {slot.key: tree.target(slot) for slot in tree.slots("run")}
+    assert places["kv"] == "recipe.kv"
+    assert (places["recipe"], places["method@arms.sgd"]) == ("recipe", "arms.sgd")
+
+
 def test_bases_come_first_and_without_defaults(tree):
     contents = tree.bases("recipe/w3")
     assert [("_target_" in content, "defaults" in content) for content in contents] == [(True, False), (False, False)]
+
+
+def test_an_option_can_take_in_an_option_of_another_group(user, tree):
+    both = Tree((*tree.roots, user(model__start="# With a method.\ndefaults:\n  - /method@method: sgd\nname: a\n")))
+    taken, own = both.bases("model/start")
+    assert taken == {"method": {"_target_": "torch.optim.SGD", "_partial_": True, "lr": {"cpu": 0.1, "cuda": 0.2}}}
+    assert own == {"name": "a"}
 
 
 def test_numbers_are_read_as_omegaconf_reads_them(packaged):

@@ -136,3 +136,19 @@ def test_what_the_certificate_cannot_prove_is_refused_before_training(config, mo
     monkeypatch.setattr("qat.cli.workbench.ARCHITECTURES", {"Qwen3ForCausalLM": None})
     with pytest.raises(ValueError, match="the engine does not serve LlamaForCausalLM"):
         open_workbench(config)
+
+
+def test_a_cache_that_the_model_cannot_have_is_refused_before_there_is_a_run(config, monkeypatch):
+    from qat.cli import workbench
+
+    def refuse(model, kv):
+        raise ValueError("recipe.kv: refused")
+
+    monkeypatch.setattr(workbench, "check_kv", refuse)
+    kv = {"_target_": "qat.numerics.scheme.Scheme", "dynamic": True, "convention": "vllm"} | {
+        "grid": {"_target_": "qat.numerics.grid.IntGrid", "bits": 8},
+        "granularity": {"_target_": "qat.numerics.granularity.PerToken"},
+    }
+    with pytest.raises(ValueError, match=r"recipe\.kv: refused"):
+        open_workbench(config | {"recipe": config["recipe"] | {"kv": kv}})
+    assert not os.path.exists(config["runs"])

@@ -30,6 +30,7 @@ BAD_CONFIGS = [
     *(("device", v) for v in ("gpu", "cuda:", "cuda:x", "1", 0, None)),
     *(("dtype", v) for v in ("int8", "fp32", None)),
     *(("kernel", v) for v in ("fast", "", None)),
+    *(("kv", v) for v in ("int5", "fp16", "", None, True)),
 ]
 
 
@@ -45,10 +46,13 @@ def test_bad_engine_configs(name: str, value: Any) -> None:
         EngineConfig(**{name: value})
 
 
-def test_the_reference_is_fp32() -> None:
+def test_the_reference_is_fp32_or_wider() -> None:
     with pytest.raises(ValueError, match="dtype='bfloat16': the reference"):
         EngineConfig(kernel="reference", dtype="bfloat16")
     EngineConfig(kernel="reference", dtype="float32", device="cuda:1")
+    EngineConfig(kernel="reference", dtype="float64")
+    with pytest.raises(ValueError, match="dtype='float64': only the reference kernels"):
+        EngineConfig(dtype="float64")
 
 
 def test_edges_are_valid() -> None:

@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from qat.engine.layers import Concatenated, Linear, RMSNorm, Rotary
+from qat.evaluation.precision import computing
 
 ROPES = [
     {"rope_type": "default"},
@@ -90,3 +91,18 @@ def test_concatenated_puts_outputs_side_by_side() -> None:
     linears = [Linear(torch.randn(n, 8)) for n in (3, 5)]
     x = torch.randn(2, 8)
     assert torch.equal(Concatenated(linears)(x), torch.cat([linear(x) for linear in linears], -1))
+
+
+@pytest.mark.parametrize("parameters", ROPES, ids=lambda p: p["rope_type"])
+def test_in_fp64_nothing_is_narrower(parameters: dict) -> None:
+    """The norm and the rotation, which are fp32 at least, against transformers' in fp64."""
+    config, positions = rope_config(parameters), torch.tensor([0, 1, 5, 127, 90])
+    x = torch.randn(5, 4, 16, dtype=torch.float64)
+    rope, norm = LlamaRotaryEmbedding(config), LlamaRMSNorm(16, 1e-5)  # frequencies and weights stay fp32
+    with computing(torch.float64):
+        cos, sin = rope(x, positions[None])
+        expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
+        normed = norm(x)
+    rotated = Rotary(config, torch.device("cpu"))(positions, torch.float64).apply(x)
+    torch.testing.assert_close(rotated, expected[0].transpose(0, 1), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(RMSNorm(norm.weight.detach(), 1e-5)(x), normed, rtol=1e-13, atol=1e-13)

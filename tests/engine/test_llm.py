@@ -1,5 +1,6 @@
 """Law (g): the engine's greedy tokens and logits are Hugging Face's, however its work is cut up. And text around it."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -11,6 +12,9 @@ import torch
 
 from qat.engine.config import EngineConfig, SamplingParams
 from qat.engine.llm import LLM
+from qat.evaluation.reference import Sequence, decode
+from qat.nn.kv import quantize_kv
+from qat.numerics.kv import KINDS
 
 FAMILIES = ["llama", "llama_biased", "mistral", "qwen2", "qwen3"]
 SCHEMES = ["w4_g32", "w3_g32", "w8_channel_asym"]
@@ -98,6 +102,51 @@ def test_scores_are_the_logits(saved: Callable, family: str, scheme: str | None)
         llm.check_integrity()
 
 
+def quantized(checkpoint, kind: str) -> list[Sequence]:
+    """What Hugging Face makes of the prompts with keys and values on a grid, in fp64."""
+    model = copy.deepcopy(checkpoint.model)
+    quantize_kv(model, KINDS[kind])
+    sequences = [decode(model, torch.tensor(prompt), 32, torch.float64) for prompt in PROMPTS]
+    assert all(len(set(sequence.generated)) >= 8 for sequence in sequences)
+    return sequences
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_a_quantized_cache_serves_the_fake_quantized_graph(saved: Callable, family: str, kind: str) -> None:
+    """Law (e) for caches, over pages, chunked prefill and preemption. In fp64, where no last bit moves a code."""
+    checkpoint = saved(family)
+    sequences = quantized(checkpoint, kind)
+    for shape in SHAPES if family == "llama" else SHAPES[3:]:
+        llm = LLM(checkpoint.path, EngineConfig(**RESERVE, **shape, kv=kind, dtype="float64"))
+        completions = llm.generate(PROMPTS, GREEDY)
+        assert [c.token_ids for c in completions] == [s.generated for s in sequences]
+        assert (llm.engine.scheduler.num_preemptions > 0) == ("num_blocks" in shape and shape["num_blocks"] == 26)
+        llm.check_integrity()
+    llm = LLM(
+        checkpoint.path, EngineConfig(**RESERVE, block_size=4, max_num_batched_tokens=7, kv=kind, dtype="float64")
+    )
+    for prefill in (None, [len(prompt) for prompt in PROMPTS]):
+        for scores, sequence in zip(
+            llm.score([s.ids[:-1].tolist() for s in sequences], prefill), sequences, strict=True
+        ):
+            worst = float((scores - sequence.logits).abs().max())
+            assert worst <= 1e-6 * float(sequence.logits.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_cache_in_fp32(saved: Callable, kind: str) -> None:
+    """In so small a model a last bit decides about no code, so fp32 agrees as well as without."""
+    checkpoint = saved("llama")
+    sequences = quantized(checkpoint, kind)
+    llm = LLM(checkpoint.path, EngineConfig(**RESERVE, block_size=4, kv=kind))
+    assert [c.token_ids for c in llm.generate(PROMPTS, GREEDY)] == [s.generated for s in sequences]
+    for scores, sequence in zip(llm.score([s.ids[:-1].tolist() for s in sequences]), sequences, strict=True):
+        assert float((scores - sequence.logits).abs().max()) <= 1e-4 * float(sequence.logits.abs().max())
+    plain = LLM(checkpoint.path, EngineConfig(**RESERVE, block_size=4))
+    assert float((plain.score([PROMPTS[2]])[0] - llm.score([PROMPTS[2]])[0]).abs().max()) > 1e-2
+
+
 def test_scores_beside_running_requests(saved: Callable) -> None:
     checkpoint = saved("llama")
     llm = LLM(checkpoint.path, EngineConfig(**RESERVE, block_size=4, num_blocks=20))
@@ -131,7 +180,7 @@ def test_half_precision_activations(saved: Callable) -> None:
     checkpoint = saved("qwen3", "w4_g32")
     llm = LLM(checkpoint.path, EngineConfig(device="cpu", dtype="bfloat16", block_size=4))
     logits = checkpoint.logits(PROMPTS[2])
-    assert llm.engine.runner.caches[0][0].dtype == torch.bfloat16
+    assert llm.engine.runner.caches[0][0].data.dtype == torch.bfloat16
     assert float((llm.score([PROMPTS[2]], [10])[0] - logits).norm() / logits.norm()) < 0.1
 
 

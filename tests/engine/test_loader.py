@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_export import export
 
 from qat.engine.config import EngineConfig
-from qat.engine.loader import HEADS, SIZES, Loaded, bytes_of, load
+from qat.engine.loader import HEADS, SIZES, Loaded, bytes_of, cache_kind, load
+from qat.numerics.recipe import Recipe
 
 REFERENCE = EngineConfig(device="cpu", kernel="reference")
 
@@ -247,3 +249,17 @@ def test_plain_weights_keep_their_storage_dtype(saved: Callable, copied: Callabl
     model = load(path, REFERENCE).model
     assert model.head.weight.dtype == model.layers[0].mlp.down.weight.dtype == torch.bfloat16
     assert model.dtype == torch.float32
+
+
+def test_the_cache_is_the_checkpoints_unless_another_is_asked_for(saved: Callable, tmp_path: Path) -> None:
+    export(tmp_path / "ct", kv="int4", certified=False)
+    for asked, kind in (("auto", "int4"), ("none", None), ("fp8", "fp8")):
+        assert load(tmp_path / "ct", EngineConfig(device="cpu", kv=asked)).kv == kind
+    path = saved("llama").path
+    assert [load(path, EngineConfig(device="cpu", kv=asked)).kv for asked in ("auto", "int8")] == [None, "int8"]
+
+
+def test_heads_that_do_not_fit_the_cache() -> None:
+    with pytest.raises(ValueError, match=r"recipe\.kv: int4 .*head_dim=15 is odd"):
+        cache_kind(EngineConfig(kv="int4"), Recipe({}), 15)
+    assert cache_kind(EngineConfig(kv="int8"), Recipe({}), 15) == "int8"

@@ -1,6 +1,8 @@
 """The pool is as large as its memory, and never larger than it could be used."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from qat.engine.loader import load
 from qat.engine.model_runner import ModelRunner, block_tables, num_blocks
 from qat.engine.scheduler import Chunk
 from qat.engine.sequence import Sequence
+from qat.nn.kv import quantize_kv
+from qat.numerics.kv import KINDS, vector_bytes
 
 GIB = 2**30
 TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, two layers, two heads of sixteen floats
@@ -37,20 +41,42 @@ def test_memory_that_holds_no_block(saved: Callable) -> None:
 def test_caches_have_the_blocks(saved: Callable) -> None:
     runner = ModelRunner(load(saved("llama").path, config()), config(block_size=8, num_blocks=5))
     assert len(runner.caches) == 2
-    assert all(cache.shape == (5, 2, 8, 16) for pair in runner.caches for cache in pair)
+    assert all(cache.data.shape == (5, 2, 8, 16) for pair in runner.caches for cache in pair)
 
 
-def test_what_lies_unused_is_never_read(saved: Callable) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_a_quantized_cache(saved: Callable, kind: str) -> None:
+    """As many as the memory holds, codes and scales counted; and they take no more than that."""
+    vectors = 2 * 2 * 2 * 8  # keys and values, two layers, two heads, eight tokens
+    for blocks in (1, 7):
+        asked = config(block_size=8, kv_memory_gib=(blocks * vectors * vector_bytes(kind, 16) + 1) / GIB, kv=kind)
+        runner = ModelRunner(load(saved("llama").path, asked), asked)
+        assert runner.num_blocks == blocks
+        assert sum(cache.nbytes for pair in runner.caches for cache in pair) <= asked.kv_memory_gib * GIB
+    memory = {"block_size": 8, "kv_memory_gib": 20 * 8 * TOKEN / GIB}
+    plain, quantized = config(**memory), config(**memory, kv=kind)
+    gain = num_blocks(load(saved("llama").path, quantized), quantized) / num_blocks(
+        load(saved("llama").path, plain), plain
+    )
+    assert gain == {"int8": 3.2, "int4": 5.3, "fp8": 3.2}[kind]
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_what_lies_unused_is_never_read(saved: Callable, kind: str | None) -> None:
     checkpoint = saved("llama")
-    runner = ModelRunner(load(checkpoint.path, config()), config(block_size=4, num_blocks=8))
+    asked = config(block_size=4, num_blocks=8, kv=kind or "none")
+    runner = ModelRunner(load(checkpoint.path, asked), asked)
     for pair in runner.caches:
         for cache in pair:
-            cache.fill_(torch.nan)
+            (cache.data if cache.scale is None else cache.scale).fill_(torch.nan)
     tokens = [5, 6, 7, 8, 9, 10]
     sequence = Sequence(0, tuple(tokens), SamplingParams(), 10, block_table=[6, 1])
     hidden = runner.forward([Chunk(sequence, 0, 5)])
     hidden = torch.cat([hidden, runner.forward([Chunk(sequence, 5, 6)])])
-    torch.testing.assert_close(runner.logits(hidden), checkpoint.logits(tokens), rtol=1e-4, atol=1e-3)
+    model = copy.deepcopy(checkpoint.model)
+    quantize_kv(model, None if kind is None else KINDS[kind])
+    expected = replace(checkpoint, model=model).logits(tokens)
+    torch.testing.assert_close(runner.logits(hidden), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_the_reference_keeps_its_precision(saved: Callable) -> None:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
-from qat.evaluation.reference import FILE, decode, full_precision, load, save
+from qat.evaluation.reference import FILE, decode, load, save
 
 PROMPT = torch.tensor([5, 9, 200, 31])
 
@@ -59,21 +59,6 @@ def test_autocast_around_it_changes_nothing(model, sequence):
     with torch.autocast("cpu", torch.bfloat16):
         again = decode(model, PROMPT, 12)
     assert torch.equal(again.logits, sequence.logits)
-
-
-def test_full_precision_is_undone_afterwards():
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            with full_precision():
-                assert torch.get_float32_matmul_precision() == "highest"
-                assert not torch.is_autocast_enabled("cpu")
-            assert torch.is_autocast_enabled("cpu")
-        with pytest.raises(KeyError), full_precision():
-            raise KeyError
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_load_of_save_is_the_same(directory, model):

@@ -12,6 +12,7 @@ from qat.engine.llm import LLM
 from qat.evaluation import foreign
 from qat.evaluation.verify import LOGIT_BOUND, verify
 from qat.formats import compressed_tensors
+from qat.numerics.kv import KINDS
 
 Q = "model.layers.1.mlp.up_proj"
 
@@ -51,6 +52,41 @@ def test_a_true_export_is_verified(tmp_path, bits, symmetric):
     assert certificate["checks"]["engine"]["greedy_equal"] == 3
     assert ("transformers_fp32" in certificate["checks"]) == symmetric
     assert json.loads((tmp_path / "ct" / "verify.json").read_text())["verified"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_true_export_with_a_quantized_cache_is_verified(tmp_path, kind):
+    export(tmp_path / "ct", kv=kind)
+    certificate = verify(tmp_path / "ct")
+    assert certificate["verified"]
+    engine = certificate["checks"]["engine"]
+    assert (engine["kv"], engine["dtype"], engine["greedy_equal"]) == (kind, "float64", 3)
+    assert engine["max_abs_logit_diff"] < 1e-6 * engine["max_abs_logit"]
+    assert "its cache replaced by ours" in certificate["checks"]["transformers_fp32"]["load_path"]
+
+
+def test_an_engine_with_another_cache_is_not_verified(tmp_path, monkeypatch):
+    from qat.engine import loader
+
+    export(tmp_path / "ct", kv="int8")
+    for kind in (None, "int4", "fp8"):
+        monkeypatch.setattr(loader, "cache_kind", lambda *_, kind=kind: kind)
+        certificate = verify(tmp_path / "ct")
+        assert not certificate["verified"]
+        assert not certificate["checks"]["engine"]["passed"]
+
+
+@pytest.mark.parametrize("written", [None, "int4"])
+def test_another_cache_in_the_config_is_found(tmp_path, written):
+    export(tmp_path / "ct", kv="int8")
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())
+    scheme = None if written is None else compressed_tensors.kv_args(KINDS[written], 16)
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (tmp_path / "ct" / "config.json").write_text(json.dumps(config))
+    certificate = verify(tmp_path / "ct")
+    assert not certificate["verified"]
+    assert certificate["checks"]["files"]["changed"] == ["config.json"]
+    assert not certificate["checks"]["engine"]["passed"]
 
 
 @pytest.mark.parametrize(

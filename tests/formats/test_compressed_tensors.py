@@ -3,10 +3,12 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, embedded, recipe, scheme, tiny
 
@@ -15,7 +17,8 @@ from qat.formats.base import file_bytes, linear_names, write_directory
 from qat.nn.observers.minmax import MinMax
 from qat.numerics.affine import rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from qat.numerics.grid import IntGrid
+from qat.numerics.grid import FloatGrid, IntGrid
+from qat.numerics.kv import KINDS
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
@@ -281,7 +284,7 @@ def test_the_demo_model_round_trips(tmp_path, demo):
         assert all(same(checkpoint.tensors[n], t) for n, t in changes.tensors.items())
 
 
-@pytest.mark.parametrize("key", ["transform_config", "kv_cache_scheme", "sparsity_config"])
+@pytest.mark.parametrize("key", ["transform_config", "sparsity_config"])
 def test_what_would_change_the_meaning_of_the_weights_is_refused(tmp_path, key):
     from tiny_export import export
 
@@ -301,3 +304,46 @@ def test_symmetric_is_true_or_false(tmp_path):
     file.write_text(file.read_text().replace('"symmetric": true', '"symmetric": "false"'))
     with pytest.raises(ValueError, match="symmetric 'false'; expected true or false"):
         ct.load(tmp_path / "ct")
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_the_cache_is_restored(tmp_path, kind):
+    changes = save(tmp_path / "m", recipe(kv=kind))
+    checkpoint = ct.load(tmp_path / "m")
+    assert checkpoint.recipe.kv == (None if kind is None else KINDS[kind])
+    assert all(same(checkpoint.tensors[n], t) for n, t in changes.tensors.items())
+    written = checkpoint.config["quantization_config"]["kv_cache_scheme"]
+    if kind is not None:
+        assert QuantizationArgs(**written).model_dump(exclude_unset=True) == written
+        assert (written["strategy"], written["group_size"], written["dynamic"]) == ("group", 16, True)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
+        {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+        {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8, "dynamic": True},
+        {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16, "dynamic": True},
+        {"num_bits": 6, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16, "dynamic": True},
+        {},
+        3,
+        "int8",
+    ],
+    ids=str,
+)
+def test_caches_that_this_reader_does_not_serve(tmp_path, written):
+    save(tmp_path / "m", recipe())
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["kv_cache_scheme"] = written
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json: kv_cache_scheme .* this reader serves dynamic int8, int4, fp8"):
+        ct.load(tmp_path / "m")
+
+
+def test_a_cache_that_the_format_cannot_say(tmp_path):
+    static = Scheme(FloatGrid("e4m3"), PerTensor())
+    with pytest.raises(ValueError, match=r"recipe\.kv: granularity=PerTensor"):
+        save(tmp_path / "m", replace(recipe(), kv=static))
+    assert not (tmp_path / "m").exists()

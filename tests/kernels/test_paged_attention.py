@@ -5,8 +5,10 @@ import random
 import pytest
 import torch
 
-from qat.kernels.kv_store import kv_store
+from qat.kernels.kv_quant import fake_quantize_kv
+from qat.kernels.kv_store import PagedVectors, kv_store
 from qat.kernels.paged_attention import Paging, paged_attention
+from qat.numerics.kv import KINDS
 
 HEADS, KV_HEADS, DIM, SCALE = 6, 2, 8, 0.3
 
@@ -19,13 +21,22 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.einsum("htc,chd->thd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-def batch(lengths: list[tuple[int, int]], block_size: int) -> tuple[torch.Tensor, ...]:
+def poisoned(shape: tuple[int, ...], kind: str | None) -> PagedVectors:
+    """A cache whose unused slots are NaN."""
+    cache = PagedVectors.empty(shape, kind, torch.float32, torch.device("cpu"))
+    (cache.data if cache.scale is None else cache.scale).fill_(torch.nan)
+    return cache
+
+
+def batch(
+    lengths: list[tuple[int, int]], block_size: int, kind: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences of (tokens brought, context) in a cache full of NaN: their output, and what it should be."""
     torch.manual_seed(len(lengths) * block_size)
     needed = [-(-context // block_size) for _, context in lengths]
     blocks = random.Random(0).sample(range(sum(needed) + 3), sum(needed))
-    k_cache = torch.full((sum(needed) + 3, KV_HEADS, block_size, DIM), torch.nan)
-    v_cache = k_cache.clone()
+    shape = (sum(needed) + 3, KV_HEADS, block_size, DIM)
+    k_cache, v_cache = poisoned(shape, kind), poisoned(shape, kind)
     tables = torch.full((len(lengths), max(needed)), 10**6)
     expected, queries, slots = [], [], []
     for i, (length, context) in enumerate(lengths):
@@ -36,8 +47,8 @@ def batch(lengths: list[tuple[int, int]], block_size: int) -> tuple[torch.Tensor
         kv_store(k, v, k_cache, v_cache, own)
         queries.append(torch.randn(length, HEADS, DIM))
         slots.append(own[context - length :])
-        expected.append(plain(queries[-1], k, v))
-    paging = Paging(torch.cat(slots), tables, [n for n, _ in lengths], [c for _, c in lengths], k_cache.shape)
+        expected.append(plain(queries[-1], *(x if kind is None else fake_quantize_kv(x, kind) for x in (k, v))))
+    paging = Paging(torch.cat(slots), tables, [n for n, _ in lengths], [c for _, c in lengths], shape)
     return paged_attention(torch.cat(queries), k_cache, v_cache, paging, SCALE), torch.cat(expected)
 
 
@@ -60,6 +71,13 @@ def test_equals_plain_attention(block_size: int, lengths: list[tuple[int, int]])
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_cache_is_read_as_training_saw_it_the_current_tokens_too(block_size: int, kind: str) -> None:
+    y, expected = batch([(4, 4), (1, 6), (3, 20), (1, 7), (1, 1)], block_size, kind)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_padding_at_most_doubles_the_work() -> None:
     contexts = [1, 2, 3, 8, 9, 60, 64, 100, 127]
     slots = torch.arange(len(contexts))
@@ -74,7 +92,11 @@ def test_half_precision_queries() -> None:
     v_cache = torch.randn(2, KV_HEADS, 4, DIM).bfloat16()
     q = torch.randn(1, HEADS, DIM).bfloat16()
     y = paged_attention(
-        q, k_cache, v_cache, Paging(torch.tensor([6]), torch.tensor([[0, 1]]), [1], [7], k_cache.shape), SCALE
+        q,
+        PagedVectors(k_cache),
+        PagedVectors(v_cache),
+        Paging(torch.tensor([6]), torch.tensor([[0, 1]]), [1], [7], k_cache.shape),
+        SCALE,
     )
     k, v = (c.transpose(1, 2).reshape(8, KV_HEADS, DIM)[:7] for c in (k_cache, v_cache))
     assert y.dtype == torch.bfloat16

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from qat.numerics.packing import num_words, pack, unpack
+from qat.numerics.packing import num_words, pack, pack_nibbles, unpack, unpack_nibbles
 
 WIDTHS = range(1, 9)
 COLUMNS = (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 100, 576)
@@ -83,3 +83,15 @@ def test_refusals() -> None:
         pack(torch.zeros(4, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="need"):
         unpack(torch.zeros(2, 3, dtype=torch.int32), 4, 33)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 64), (2, 5, 3, 24), (0, 4)])
+def test_nibbles_are_the_dense_bitstream_on_any_shape(shape: tuple[int, ...]) -> None:
+    codes = torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    packed = pack_nibbles(codes)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (*shape[:-1], shape[-1] // 2)
+    assert torch.equal(unpack_nibbles(packed), codes)
+    rows = codes.reshape(-1, shape[-1]).short() + 8
+    dense = pack(rows, 4).view(torch.uint8)[:, : shape[-1] // 2] if len(rows) else packed
+    assert torch.equal(packed.reshape(dense.shape), dense)

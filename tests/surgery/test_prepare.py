@@ -8,11 +8,13 @@ from torch.nn.utils import parametrize
 from qat.nn.embedding import QATEmbedding
 from qat.nn.estimators import LSQ, SEQ, LSQPlus, StraightThrough
 from qat.nn.fake_quantize import Phase
+from qat.nn.kv import quantize_kv
 from qat.nn.linear import QATLinear
 from qat.nn.observers.minmax import MinMax
 from qat.numerics.affine import rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import FloatGrid, IntGrid
+from qat.numerics.kv import KINDS
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 from qat.ptq.rtn import rtn as rtn_method
@@ -27,6 +29,19 @@ def test_a_prepared_model_computes_what_rtn_serves():
     prepare(student, recipe(3), MinMax(), LSQ())
     served = apply(model, rtn_method(model, recipe(3), [], observer=MinMax()).tensors, {})
     assert torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_are_those_that_the_recipe_serves(kind):
+    model, student = tiny(), tiny()
+    prepare(student, recipe(3, kv=kind), MinMax(), LSQ())
+    served = apply(model, rtn_method(model, recipe(3), [], observer=MinMax()).tensors, {})
+    assert not torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
+    quantize_kv(served, KINDS[kind])
+    assert torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match=r"recipe\.kv: granularity=PerTensor"):
+        prepare(tiny(), Recipe(recipe().rules, Scheme(IntGrid(8), PerTensor())), MinMax(), LSQ())
 
 
 def test_switched_off_it_is_the_model_itself():

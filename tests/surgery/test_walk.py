@@ -12,7 +12,8 @@ from qat.numerics.affine import rtn
 from qat.numerics.qtensor import QuantizedTensor
 from qat.ptq.awq import awq
 from qat.ptq.gptq import gptq
-from qat.surgery.walk import Changes, walk
+from qat.surgery.changes import Changes
+from qat.surgery.walk import walk
 
 BATCHES = list(torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(1)).split(2))
 
@@ -108,11 +109,79 @@ def test_zero_points_survive_a_resume(tmp_path):
         assert torch.equal(tensor.zero_point, again.tensors[name].zero_point)
 
 
-def test_only_the_newest_block_keeps_its_stream(tmp_path):
-    walk(tiny(layers=4), BATCHES, "model.layers", lambda block: Changes(), True, recipe(), tmp_path)
-    sizes = [p.stat().st_size for p in sorted(tmp_path.glob("block-*"))]
-    assert len(sizes) == 4
-    assert max(sizes) < 2000  # nothing was found, and the last block has no successor
+def test_only_the_streams_that_the_next_block_needs_are_kept(tmp_path):
+    found = []
+
+    def look(done, blocks):
+        found.append(sorted(p.name for p in tmp_path.glob("stream-*")))
+
+    walk(tiny(layers=4), BATCHES, "model.layers", lambda block: Changes(), True, recipe(), tmp_path, look)
+    assert found == [[f"stream-{i:04}.safetensors"] for i in (1, 2, 3)] + [[]]
+    assert len(list(tmp_path.glob("block-*"))) == 4
+
+
+def halve(block):
+    with torch.no_grad():
+        for parameter in block.module.parameters():
+            parameter.mul_(0.5)
+    return Changes()
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_targets_are_the_full_precision_models_beside_inputs_of_the_changed_one(offload):
+    model, seen = tiny(layers=3), []
+
+    def visit(block):
+        seen.append(([x.clone() for x in block.inputs], [x.clone() for x in block.targets]))
+        return halve(block)
+
+    walk(model, BATCHES, "model.layers", visit, True, recipe(), targets=True, offload=offload)
+    full = seen_by_the_model(copy.deepcopy(model))
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in halved.model.layers.parameters():
+            parameter.mul_(0.5)
+    changed = seen_by_the_model(halved)
+    for i, (inputs, targets) in enumerate(seen):
+        assert all(torch.equal(a, b) for a, b in zip(inputs, changed[i], strict=True))
+        if i + 1 < len(seen):
+            assert all(torch.equal(a, b) for a, b in zip(targets, full[i + 1], strict=True))
+
+
+def test_without_being_asked_there_are_no_targets():
+    walk(tiny(), BATCHES, "model.layers", lambda b: Changes() if b.targets == [] else 1 / 0, True, recipe())
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_both_streams_survive_a_kill(tmp_path, monkeypatch, torn):
+    """Torn: killed when the streams of the next block were written, and the block itself was not."""
+    model, seen = tiny(layers=3), []
+
+    def visit(block):
+        seen.append((block.name, [x.clone() for x in [*block.inputs, *block.targets]]))
+        return halve(block)
+
+    def go(store, progress=None):
+        walk(model, BATCHES, "model.layers", visit, True, recipe(), store, progress, targets=True)
+
+    def kill(done, blocks):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    go(None)
+    whole = dict(seen)
+    seen.clear()
+    save = Changes.save
+    if torn:
+        monkeypatch.setattr(Changes, "save", lambda self, file: kill(2, 3) if "0001" in file.name else save(self, file))
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, kill)
+    monkeypatch.setattr(Changes, "save", save)
+    assert (tmp_path / "stream-0002.safetensors").exists()
+    go(tmp_path)
+    assert [name for name, _ in seen] == [f"model.layers.{i}" for i in ((0, 1, 1, 2) if torn else (0, 1, 2))]
+    for name, streams in seen:
+        assert all(torch.equal(a, b) for a, b in zip(streams, whole[name], strict=True)), name
 
 
 def test_the_model_gets_its_blocks_back_after_an_error():

@@ -54,6 +54,8 @@ def train(
     teacher=True,
     rules=None,
     train_embeddings=False,
+    parts="all",
+    schedule=SCHEDULE,
     **model,
 ):
     full = tiny(**model)
@@ -68,10 +70,10 @@ def train(
         val_every=2,
         val_windows=2,
     )
-    optim = Optim(lr=lr, scale_lr=10 * lr)
+    optim = Optim(lr=lr, scale_lr=10 * lr, train=parts)
     callbacks = [Kill(kill_at)] if kill_at is not None else []
     fit(
-        student, full if teacher else None, data, training, loss, SCHEDULE, optim, directory, torch.device("cpu"),
+        student, full if teacher else None, data, training, loss, schedule, optim, directory, torch.device("cpu"),
         callbacks=callbacks,
     )  # fmt: skip
     return student
@@ -162,6 +164,31 @@ def test_law_c_qat_with_lr_0_and_minmax_start_is_rtn(tmp_path, data):
         assert torch.equal(tensor.codes, codes)
         assert torch.equal(tensor.scale, scale)
     assert all(torch.equal(v.float(), full.get_parameter(n)) for n, v in folded.items())
+
+
+@pytest.mark.parametrize("estimator", [LSQ(), StraightThrough()])
+def test_scales_alone_train_and_no_code_moves_and_a_resumed_run_is_unbroken(tmp_path, data, estimator):
+    start = tiny()
+    prepare(start, recipe(3), MinMax(), estimator)
+    begun, _ = convert(start)
+    how = {"parts": "scales", "schedule": PhaseSchedule(), "estimator": estimator, "lr": 1e-2}
+    unbroken = train(tmp_path / "unbroken", data, **how)
+    tensors, folded = convert(unbroken)
+    for name, tensor in begun.items():
+        assert torch.equal(tensor.codes, tensors[name].codes)
+        assert not torch.equal(tensor.scale, tensors[name].scale)
+    assert all(
+        torch.equal(value.float(), start.get_parameter(f"{name.rpartition('.')[0]}.parametrizations.weight.original"))
+        for name, value in folded.items()
+    )
+    with pytest.raises(Killed):
+        train(tmp_path / "broken", data, kill_at=3, **how)
+    assert same(unbroken, train(tmp_path / "broken", data, **how)) == []
+
+
+def test_scales_that_follow_the_weights_cannot_train_alone(tmp_path, data):
+    with pytest.raises(ValueError, match=r"schedule\.freeze=3: .*optim\.train=scales"):
+        train(tmp_path, data, parts="scales")
 
 
 def test_nan_stops_at_once_and_keeps_the_checkpoint(tmp_path, data):

@@ -7,7 +7,7 @@ from tiny import recipe, tiny
 
 from qat.nn.estimators import LSQ, StraightThrough
 from qat.nn.observers.minmax import MinMax
-from qat.surgery.prepare import prepare
+from qat.surgery.prepare import fake_quants, prepare
 from qat.training.optim import Optim
 
 
@@ -51,7 +51,25 @@ def test_warm_up_and_cosine():
     assert Optim(warmup=0.0).factor(0, 1) > 0
 
 
-@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"lr": math.nan}, {"warmup": 1.5}, {"final": -0.1}])
+def test_with_scales_alone_nothing_else_has_a_gradient_or_a_group():
+    student = tiny()
+    prepare(student, recipe(), MinMax(), StraightThrough())
+    optim = Optim(train="scales", scale_lr=1.0)
+    optim.select(student)
+    optimizer, _ = optim.build(student, 100)
+    assert [g["name"] for g in optimizer.param_groups] == ["scales"]
+    assert {n.rpartition(".")[2] for n, p in student.named_parameters() if p.requires_grad} == {"log_step"}
+    codes = [m.weight_fake_quant.codes(m.weight) for m in fake_quants(student).values()]
+    for _ in range(3):
+        optimizer.zero_grad()
+        student(input_ids=torch.arange(24).view(2, 12)).logits.square().mean().backward()
+        optimizer.step()
+    now = [m.weight_fake_quant.codes(m.weight) for m in fake_quants(student).values()]
+    assert all(torch.equal(a, b) for a, b in zip(codes, now, strict=True))
+    assert all(bool(m.weight_fake_quant.log_step.any()) for m in fake_quants(student).values())
+
+
+@pytest.mark.parametrize("bad", [{"train": "norms"}, {"lr": -1.0}, {"lr": math.nan}, {"warmup": 1.5}, {"final": -0.1}])
 def test_values_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=rf"optim\.{next(iter(bad))}="):
         Optim(**bad)

@@ -1,0 +1,68 @@
+"""start: a prepared model begins where a method ended, with exactly its codes."""
+
+import torch
+from torch import Tensor, nn
+
+from qat.kernels.fake_quant import served_zero
+from qat.nn.fake_quantize import FakeQuantize
+from qat.numerics.grid import IntGrid
+from qat.surgery.changes import Changes
+from qat.surgery.convert import is_input_scale
+from qat.surgery.prepare import fake_quants
+
+
+@torch.no_grad()
+def start_from(student: nn.Module, changes: Changes) -> None:
+    """Gives a prepared model, in place, the codes, the scales and the changed tensors of a method.
+
+    Where the method trained (`changes.state`), its fp32 masters and learned scales are taken over as they are.
+    Elsewhere masters go to the centres of their cells, W := s (q - z): masters at the edges of cells would change
+    millions of codes in the first steps.
+
+    Args:
+        student: A model after `surgery.prepare`, with the recipe that the method had.
+        changes: What the method returned.
+
+    Raises:
+        ValueError: The method changed a tensor that the model has not.
+    """
+    linears = fake_quants(student)
+    if strays := sorted(set(changes.tensors) - set(linears)):
+        raise ValueError(f"{strays[0]}: quantized by the method, but not by the recipe of the training")
+    for name, tensor in changes.tensors.items():
+        linears[name].weight.copy_(tensor.dequantize(torch.float32))
+        linears[name].weight_fake_quant.take(tensor.scale, tensor.zero_point, tensor.global_scale)
+    for name, value in changes.folded.items():
+        if not is_input_scale(name):  # those are part of the state, or will be calibrated
+            _master(student, name).copy_(value)
+    _load(student, changes.state)
+    for name, tensor in changes.tensors.items():
+        quant = linears[name].weight_fake_quant
+        same = torch.equal(quant.codes(linears[name].weight).cpu(), tensor.codes.cpu())
+        assert same, f"{name}: training would not start from the codes that it was given"
+        assert torch.equal(quant.qparams()[0].cpu(), tensor.scale.cpu()), f"{name}: nor from their scales"
+
+
+def _load(student: nn.Module, state: dict[str, Tensor]) -> None:
+    """Takes over what was trained; zero points that no longer train stay where they were trained to."""
+    own = student.state_dict().keys()
+    settled = {name for name in state if name.endswith(".zero_step") and name not in own}
+    found = student.load_state_dict({k: v for k, v in state.items() if k not in settled}, strict=False)
+    assert not found.unexpected_keys, f"{found.unexpected_keys[0]}: trained, but the prepared model has it not"
+    for name in settled:
+        quant = student.get_submodule(name.removesuffix(".zero_step"))
+        assert isinstance(quant, FakeQuantize)
+        assert isinstance(quant.scheme.grid, IntGrid)
+        assert quant.zero_point is not None
+        step = state[name].to(quant.zero_point.device)
+        quant.zero_point.copy_(served_zero(quant.zero_point, step, quant.scheme.grid))
+
+
+def _master(model: nn.Module, name: str) -> Tensor:
+    """The fp32 parameter behind a name of the full-precision model."""
+    owner, _, key = name.rpartition(".")
+    parameters = dict(model.named_parameters())
+    for found in (f"{owner}.parametrizations.{key}.original", name):
+        if found in parameters:
+            return parameters[found]
+    raise ValueError(f"{name}: changed by the method, but the prepared model has no such parameter")
