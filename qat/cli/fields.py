@@ -156,6 +156,8 @@ FIELDS: dict[str, Check] = {
     "optim.weight_decay": UNSIGNED,
     "optim.warmup": FRACTION,
     "optim.final": FRACTION,
+    "schedule.winq.every": whole(),
+    "schedule.winq.alpha": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
     "trainer.max_steps": whole(),
     "trainer.accumulate": whole(),
     "trainer.clip": number("a number above 0", lambda x: x > 0, null=True),

@@ -38,20 +38,38 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
 
 
 def schedule(config: dict[str, Any]) -> Iterator[Problem]:
-    """Fake quantization starts within training; scales freeze after it starts, and are learned where that is asked."""
-    start, freeze, steps = (at(config, key) for key in ("schedule.start", "schedule.freeze", "trainer.max_steps"))
-    for key, value in {"start": start, "freeze": freeze}.items():
-        if is_number(value) and value < 0:
-            yield Problem(f"schedule.{key}", f"a step of {value}; steps count from 0")
-    if is_number(start) and is_number(steps) and start >= steps:
-        yield Problem("schedule.start", f"{start} is not below trainer.max_steps={steps}: nothing would be quantized")
-    if is_number(start) and is_number(freeze) and freeze < start:
+    """Every weight is on its grid before training ends; scales settle after that began, and are learned if asked to."""
+    names = ("start", "freeze", "ramp")
+    found = {name: value for name in names if is_number(value := at(config, f"schedule.{name}"))}
+    steps = at(config, "trainer.max_steps")
+    for name, value in found.items():
+        if value < 0:
+            yield Problem(f"schedule.{name}", f"a step of {value}; steps count from 0")
+    start, freeze, ramp = (found.get(name, 0) for name in names)
+    if freeze < start and "freeze" in found:
         yield Problem("schedule.freeze", f"{freeze} comes before schedule.start={start}; freeze at {start} or later")
+    if not is_number(steps) or min(found.values(), default=0) < 0:
+        return
+    if start >= steps:
+        yield Problem("schedule.start", f"{start} is not below trainer.max_steps={steps}: nothing would be quantized")
+    elif start + ramp >= steps:
+        text = f"{ramp} steps from schedule.start={start} on are not below trainer.max_steps={steps}"
+        yield Problem("schedule.ramp", f"{text}: weights would never be on their grid; at most {steps - start - 1}")
+    else:
+        yield from _after(config, max(freeze, start + 1 if start else 0), steps)
+
+
+def _after(config: dict[str, Any], settled: int, steps: int) -> Iterator[Problem]:
+    """What waits for the step from which on scales no longer follow the weights."""
     estimator = str(at(config, "estimator._target_")).rpartition(".")[2]
-    learns = estimator in LEARNING
-    if learns and is_number(freeze) and is_number(steps) and freeze >= steps:
-        text = f"{freeze} is not below trainer.max_steps={steps}: the estimator {estimator} would never learn a scale"
-        yield Problem("schedule.freeze", f"{text}; freeze earlier, or take estimator=clipped")
+    if estimator in LEARNING and settled >= steps:
+        text = f"scales follow the weights until step {settled}, which is not below trainer.max_steps={steps}"
+        text = f"{text}: the estimator {estimator} would never learn a scale; end it earlier, or take estimator=clipped"
+        yield Problem("schedule.freeze", text)
+    every = at(config, "schedule.winq.every")
+    if is_number(every) and every > 0 and -(-max(settled, 1) // every) * every >= steps:
+        text = f"no multiple of {every} lies between step {settled}, when scales are settled, and trainer.max_steps"
+        yield Problem("schedule.winq.every", f"{text}={steps}: nothing would be re-initialised; lower it")
 
 
 def betas(config: dict[str, Any]) -> Iterator[Problem]:
@@ -90,6 +108,8 @@ def settled(config: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("schedule.freeze", f"{text}, and those that init={option} found are forgotten; use 0")
         if at(config, "optim.train") == "scales":
             yield Problem("schedule.freeze", f"{text}, but optim.train=scales has its codes settled; use 0")
+    if isinstance(at(config, "schedule.winq"), dict) and at(config, "optim.train") == "scales":
+        yield Problem("schedule.winq", "optim.train=scales trains no masters to be re-initialised; use winq=null")
 
 
 def data(config: dict[str, Any]) -> Iterator[Problem]:

@@ -355,4 +355,7 @@ def _recipe(schemes: Mapping[str, Scheme]) -> Recipe:
     by_scheme: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         by_scheme.setdefault(scheme, []).append(name)
-    return Recipe({str(s): Rule("|".join(re.escape(name) for name in names), s) for s, names in by_scheme.items()})
+    rules = {}
+    for i, (scheme, names) in enumerate(by_scheme.items()):  # schemes may differ in what their short name leaves out
+        rules[f"{i}_{scheme}"] = Rule("|".join(re.escape(name) for name in names), scheme)
+    return Recipe(rules)

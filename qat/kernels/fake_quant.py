@@ -63,7 +63,7 @@ def _fake_quantize(
     zero_step: Tensor | None,
     global_scale: Tensor | None,
     grid: str,
-    strength: float,
+    strength: Tensor | None,
     dtype: torch.dtype,
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -76,8 +76,8 @@ def _fake_quantize(
         assert isinstance(levels, IntGrid)
         z = served_zero(zero_point, zero_step, levels).float().unsqueeze(-1)
     values = snap(group(x.float(), scale) / s.unsqueeze(-1), levels, z).mul_(s.unsqueeze(-1))
-    if strength < 1.0:
-        values = torch.lerp(group(x.float(), scale), values, strength)
+    if strength is not None:
+        values = torch.lerp(group(x.float(), scale), values, float(strength))
     result = values.to(dtype).reshape(x.shape)
     if _watcher is not None:
         _watcher(whole, result, rows)
@@ -100,12 +100,13 @@ def fake_quantize(
     zero_point: Tensor | None = None,
     zero_step: Tensor | None = None,
     global_scale: Tensor | None = None,
-    strength: float = 1.0,
+    strength: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Equal, bit for bit, to `dequantize(quantize(x))` of `numerics/affine.py` with what is served.
 
-    With a `strength` below 1 the result is only that far on its way from x: `x + strength (Q(x) - x)`.
+    With a `strength`, a number from 0 to 1, the result is only that far on its way from x: `x + strength (Q(x) - x)`.
+    It is a tensor of no dimensions on the CPU: `torch.compile` would compile anew for each float.
 
     Returns:
         The result, and the served scale in fp32, which the gradient needs; both of `rows` alone, where they are given.

@@ -21,7 +21,7 @@ class Phase(Enum):
     """What a FakeQuantize does with the tensors that pass through it."""
 
     OFF = "off"  # nothing: the tensor in the compute dtype
-    OBSERVE = "observe"  # scales follow each tensor
+    OBSERVE = "observe"  # scales follow: of an input with each tensor, of a weight when `observe` is called
     FROZEN = "frozen"  # scales stay as they were last observed
     LEARN = "learn"  # scales are trained, from where they were last observed
 
@@ -65,7 +65,8 @@ class FakeQuantize(nn.Module):
         super().__init__()
         assert (shape is None) == scheme.dynamic, "static schemes keep scales of a known shape, dynamic ones none"
         self.scheme, self.observer, self.estimator, self.storage = scheme, observer, estimator, storage
-        self.name, self.phase, self.running, self.strength = name, Phase.OBSERVE, running, 1.0
+        self.name, self.phase, self.running = name, Phase.OBSERVE, running
+        self._strength: Tensor | None = None
         self._kept: dict[torch.dtype, Tensor] | None = None
         self.register_buffer("global_scale", torch.ones(1, device=device) if scheme.two_level else None)
         self.zero_step: nn.Parameter | None = None
@@ -134,6 +135,15 @@ class FakeQuantize(nn.Module):
         if self.global_scale is not None and g is not None:
             self.global_scale.copy_(g)
 
+    @property
+    def strength(self) -> float:
+        """How far the result goes from the tensor to its grid: 1 is all the way."""
+        return 1.0 if self._strength is None else float(self._strength)
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = None if value == 1.0 else torch.tensor(value, dtype=torch.float64)
+
     def qparams(self) -> tuple[Tensor, Tensor | None]:
         """The served scale, in its stored dtype, and the served zero point."""
         zero = self.zero_point
@@ -157,9 +167,9 @@ class FakeQuantize(nn.Module):
         return self._quantize(x, dtype, rows)
 
     def _quantize(self, x: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        if self.phase is Phase.OBSERVE and self._watches():
+        if self.phase is Phase.OBSERVE and self._gathers():
             self.observe(x)
-        more: dict[str, Any] = {"global_scale": self.global_scale, "strength": self.strength, "rows": rows}
+        more: dict[str, Any] = {"global_scale": self.global_scale, "strength": self._strength, "rows": rows}
         if self.scheme.dynamic:
             scale, zero_point = self.observer.qparams(x, self.scheme, torch.float32, self.global_scale, check=False)
             return _FakeQuantize.apply(x, None, None, scale, zero_point, self.scheme, self.estimator, dtype, more)
@@ -170,9 +180,7 @@ class FakeQuantize(nn.Module):
             x, step, shift, self.scale, self.zero_point, self.scheme, self.estimator, dtype, more
         )
 
-    def _watches(self) -> bool:
-        if not self.running:
-            return not self.scheme.dynamic
+    def _gathers(self) -> bool:
         recomputed = torch._C._current_graph_task_id() != -1  # inside a backward pass: activation checkpointing
         return hasattr(self, "seen") and self.training and not recomputed
 
@@ -217,13 +225,13 @@ class _FakeQuantize(torch.autograd.Function):
         if zero_point is not None:
             assert isinstance(scheme.grid, IntGrid)
             zero_point = served_zero(zero_point, zero_step, scheme.grid)
-        ctx.save_for_backward(x, s, zero_point, more["rows"])
-        ctx.scheme, ctx.estimator, ctx.strength = scheme, estimator, more["strength"]
+        ctx.save_for_backward(x, s, zero_point, more["strength"], more["rows"])
+        ctx.scheme, ctx.estimator = scheme, estimator
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        whole, s, zero_point, rows = ctx.saved_tensors
+        whole, s, zero_point, strength, rows = ctx.saved_tensors
         x, zero_point, grid, single = taken(whole, rows), taken(zero_point, rows), ctx.scheme.grid, s.dim() == 1
         s = s.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
         grad = group(grads[0].to(s.dtype), s.squeeze(-1))
@@ -236,13 +244,14 @@ class _FakeQuantize(torch.autograd.Function):
             u, snap(u, grid, z), low, high, grid.outer, isinstance(grid, IntGrid), grid.high, grid.reach, elements
         )
         dx, ds, dz = ctx.estimator.gradients(grad, rounded)
-        if ctx.strength < 1.0:
-            dx = torch.lerp(grad, dx, ctx.strength)
         dlog = dzero = None
         if ds is not None and ctx.needs_input_grad[1]:
-            dlog = (ds.sum(-1) * s.squeeze(-1) * ctx.strength).to(torch.float32)  # d/dlog s = s d/ds
+            dlog = (ds.sum(-1) * s.squeeze(-1)).to(torch.float32)  # d/dlog s = s d/ds
         if dz is not None and ctx.needs_input_grad[2]:
-            dzero = (dz.sum(-1) * s.squeeze(-1) * ctx.strength).to(torch.float32)
+            dzero = (dz.sum(-1) * s.squeeze(-1)).to(torch.float32)
+        if strength is not None:  # of x + strength (Q(x) - x)
+            dx = dx * strength + grad * (1 - strength)
+            dlog, dzero = (None if d is None else d * strength for d in (dlog, dzero))
         dx = dx.reshape(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
         dx, dlog, dzero = (_scattered(d, rows, len(whole)) for d in (dx, dlog, dzero))
         return dx, dlog, dzero, None, None, None, None, None, None

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qat.numerics.allocate import stored_bits
 from qat.numerics.granularity import PerChannel, PerTensor
 from qat.numerics.recipe import Recipe, Rule
-from qat.numerics.scheme import E4M3, E8M0, Scheme
+from qat.numerics.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Plan:
             size = row.shape[0] * row.shape[1]
             if row.reason.startswith("tied to"):
                 continue
-            bits += size * storage_bits if row.weight is None else _bits(row, row.weight, storage_bits)
+            bits += size * storage_bits if row.weight is None else stored_bits(row.weight, row.shape, storage_bits)
             count += size
         return bits / max(count, 1)
 
@@ -78,15 +79,6 @@ class Plan:
             lines.append(f"{rule:12} {what:16} {len(rows):7} {size:13,}  {which}{f' ({reason})' if reason else ''}")
         lines.append(f"{self.bits_per_weight():.3f} bits per weight over the whole model")
         return "\n".join(lines)
-
-
-def _bits(row: PlanRow, scheme: Scheme, storage_bits: int) -> int:
-    scales = 1
-    for n in scheme.granularity.scale_shape(row.shape):
-        scales *= n
-    zeros = 0 if scheme.symmetric else scheme.grid.bits
-    width = {None: storage_bits, "float32": 32, E4M3: 8, E8M0: 8}.get(scheme.scale_dtype, 16)
-    return row.shape[0] * row.shape[1] * scheme.grid.bits + scales * (width + zeros) + 32 * scheme.two_level
 
 
 def match(model: nn.Module, recipe: Recipe) -> Plan:

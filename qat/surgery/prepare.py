@@ -93,14 +93,12 @@ def prepare(
     if recipe.kv is not None:
         assert isinstance(model, PreTrainedModel), "keys and values are what transformers' attention calls so"
         quantize_kv(model, recipe.kv)
-    together = families(model, plan.quantized)
     weights: dict[str, FakeQuantize] = {}
     for row in plan.rows:
         module = model.get_submodule(row.name)
         if row.weight is not None:
-            master = model.get_parameter(f"{row.name}.weight")
-            weight = FakeQuantize(row.weight, row.shape, observer, estimator, storage, row.name, master.device)
-            weight.observe(master, tuple(model.get_parameter(f"{name}.weight") for name in together[row.name]))
+            device = model.get_parameter(f"{row.name}.weight").device
+            weight = FakeQuantize(row.weight, row.shape, observer, estimator, storage, row.name, device)
             weights[row.name] = weight
         elif row.shares is not None:
             weight = weights[row.shares]
@@ -115,6 +113,7 @@ def prepare(
             device = module.weight.device
             input = input_fake_quant(row.name, row.input, input_observer, input_estimator, storage, device)
         model.set_submodule(row.name, QATLinear.from_float(module, weight, input))
+    observe(model)
     learns = estimator.learns_scale or input_estimator.learns_scale
     set_phase(model, Phase.LEARN if learns else Phase.FROZEN)
     prepare_unquantized(model, storage, train_embeddings)
@@ -194,6 +193,18 @@ def fake_quants(model: nn.Module) -> dict[str, QATLinear | QATEmbedding]:
             seen.add(module.weight_fake_quant)
             found[name] = module
     return found
+
+
+def observe(model: nn.Module) -> None:
+    """Takes the scales of every quantized weight from it as it now is; what was learned before is forgotten.
+
+    Raises:
+        ValueError: A weight is not finite; names the module.
+    """
+    linears = fake_quants(model)
+    together = families(model, {name: linear.weight_fake_quant.scheme for name, linear in linears.items()})
+    for name, linear in linears.items():
+        linear.weight_fake_quant.observe(linear.weight, tuple(linears[other].weight for other in together[name]))
 
 
 def set_phase(model: nn.Module, phase: Phase) -> None:

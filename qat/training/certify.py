@@ -5,10 +5,9 @@ from torch import Tensor
 
 from qat.kernels.fake_quant import watch
 from qat.nn.embedding import QATEmbedding
-from qat.nn.fake_quantize import Phase
 from qat.nn.linear import QATLinear
 from qat.surgery.convert import Folded, Tensors, convert
-from qat.surgery.prepare import fake_quants, set_phase
+from qat.surgery.prepare import fake_quants
 from qat.training.module import QATModule
 
 
@@ -35,10 +34,7 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
     """
     student = module.student
     linears = fake_quants(student)
-    if module.schedule.phase(module.steps, module.learns_scale) is Phase.OBSERVE:  # scales still follow the weights
-        for linear in linears.values():
-            linear.weight_fake_quant.observe(linear.weight)
-    set_phase(student, Phase.LEARN if module.learns_scale else Phase.FROZEN)
+    module.as_served()
     tensors, folded = convert(student)
     names = {linear.weight.data_ptr(): name for name, linear in linears.items()}
     modules = (m for m in student.modules() if isinstance(m, QATLinear | QATEmbedding))

@@ -1,4 +1,4 @@
-"""Where a forward stops being finite."""
+"""Where a model, or its forward, stops being finite."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,9 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.nn.fake_quantize import FakeQuantize
 from qat.training.chunked import chunked_loss
 from qat.training.losses import Loss
 from qat.training.split import SplitModel
+
+
+@torch.no_grad()
+def first_broken(model: nn.Module) -> str | None:
+    """The first parameter of a prepared model that is not finite, or else the first served scale; None if all are."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return name
+    for name, module in model.named_modules():
+        static = isinstance(module, FakeQuantize) and not module.scheme.dynamic
+        if static and not bool(torch.isfinite(module.qparams()[0].float()).all()):
+            return f"the scale of {name}"
+    return None
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """QATModule: one prepared student, and the full-precision teacher that it is held to."""
 
+from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,13 +10,14 @@ from torchmetrics import SumMetric
 from transformers import PreTrainedModel
 
 from qat.nn.fake_quantize import FakeQuantize, Phase
-from qat.surgery.prepare import set_phase
+from qat.surgery.prepare import observe, set_phase, set_strength
 from qat.training.chunked import chunked_loss
-from qat.training.finite import first_not_finite
+from qat.training.finite import first_broken, first_not_finite
 from qat.training.losses import Loss
 from qat.training.optim import Optim
 from qat.training.phases import PhaseSchedule
 from qat.training.split import SplitModel
+from qat.training.winq import reinitialise
 
 NLL = Loss(kl=0.0, ce=1.0)  # of validation
 
@@ -27,14 +29,14 @@ class QATModule(pl.LightningModule):
         student: A model after `surgery.prepare`.
         teacher: The full-precision model; None if the loss does not distil.
         loss: What to minimise.
-        schedule: Phases of fake-quantization by optimizer step.
+        schedule: Fake-quantization by optimizer step.
         optim: Optimizer and learning rates.
         steps: Optimizer steps in all.
         compiled: Whether the student's decoder runs through `torch.compile`.
 
     Raises:
-        ValueError: The loss distils and there is no teacher, the teacher has another vocabulary, or one of the models
-            cannot be split into decoder and head (`training.split`).
+        ValueError: The loss distils and there is no teacher, the teacher has another vocabulary, one of the models
+            cannot be split into decoder and head (`training.split`), or the schedule does not fit into the steps.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class QATModule(pl.LightningModule):
         if loss.distils and teacher is None:
             parts = ", ".join(f"loss.{name}" for name in loss.weights if name != "ce")
             raise ValueError(f"{parts}: distilling needs the full-precision teacher; pass it, or use loss=ce")
+        schedule.check(steps)
         self.student = student
         # No submodules: no checkpoint, no optimizer and no DDP sees the teacher, or the student twice.
         self.split = SplitModel(student, compiled)
@@ -62,6 +65,8 @@ class QATModule(pl.LightningModule):
         self.val_nll, self.val_tokens = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.learns_scale = any(m.estimator.learns_scale for m in student.modules() if isinstance(m, FakeQuantize))
         self._rng: dict[str, Any] | None = None
+        self.done = 0  # optimizer steps taken; a Trainer that only tests does not know them
+        self._observed: int | None = None  # `done` when scales were last taken from the weights
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -85,21 +90,38 @@ class QATModule(pl.LightningModule):
             self.teacher.to(self.device).eval().requires_grad_(False)
 
     def on_train_start(self) -> None:
-        """Restores the random state that a checkpoint carried."""
+        """Takes up the schedule where the Trainer stands, and restores the random state that a checkpoint carried."""
+        self.done = self.global_step
         if self._rng is not None:
             torch.set_rng_state(self._rng["cpu"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._rng["cuda"], self.device)
 
-    def set_phase(self) -> Phase:
-        """Puts fake-quantization into the phase of the coming optimizer step."""
-        phase = self.schedule.phase(self.global_step, self.learns_scale)
+    def as_trained(self) -> None:
+        """Puts fake-quantization where the schedule has it in the coming optimizer step."""
+        phase = self.schedule.phase(self.done, self.learns_scale)
+        if phase is Phase.OBSERVE:
+            self._observe()
         set_phase(self.student, phase)
-        return phase
+        set_strength(self.student, self.schedule.strength(self.done))
+
+    def as_served(self) -> None:
+        """Puts fake-quantization where it would be if training ended here: on, and all the way."""
+        if self.schedule.phase(self.done, self.learns_scale) in (Phase.OFF, Phase.OBSERVE):
+            self._observe()
+        set_phase(self.student, Phase.LEARN if self.learns_scale else Phase.FROZEN)
+        set_strength(self.student, 1.0)
+
+    def _observe(self) -> None:
+        if self._observed != self.done:  # once for each step, however many micro-batches it has
+            observe(self.student)
+            self._observed = self.done
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Phases follow the optimizer step, not the batch."""
-        self.set_phase()
+        """The schedule follows the optimizer step, not the batch."""
+        self.as_trained()
+        if self.schedule.ramp:
+            self.log("train/strength", self.schedule.strength(self.done))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch of token ids `[B, T]`."""
@@ -136,9 +158,16 @@ class QATModule(pl.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val or float("inf"), norm)
             self.log(f"train/grad_norm_{name}", norm)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One optimizer step, with what the schedule does right after it: no checkpoint falls between the two."""
+        super().optimizer_step(*args, **kwargs)
+        self.done += 1
+        if self.schedule.winq is not None and self.schedule.reinitialises(self.done, self.steps):
+            reinitialise(self.student, self.schedule.winq.alpha)
+
     def on_validation_epoch_start(self) -> None:
-        """Validation sees what the next step would train."""
-        self.set_phase()
+        """Validation judges what would be served if training ended here."""
+        self.as_served()
         self.val_nll.reset()
         self.val_tokens.reset()
 
@@ -151,28 +180,54 @@ class QATModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs nll and perplexity."""
+        self._log_judged("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Tests judge as validation does: `trainer.test(module, dataloaders, ckpt_path=...)`."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs nll and perplexity."""
+        self._log_judged("test")
+
+    def _log_judged(self, split: str) -> None:
         nll = self.val_nll.compute() / self.val_tokens.compute()
-        self.log_dict({"val/nll": nll, "val/ppl": nll.exp()})
+        self.log_dict({f"{split}/nll": nll, f"{split}/ppl": nll.exp()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning leaves out: the random state and the phase."""
+        """Adds what Lightning leaves out: the random state and the schedule.
+
+        Raises:
+            ValueError: The last step left something that is not finite: the checkpoint before it is kept.
+        """
+        if broken := first_broken(self.student):
+            raise ValueError(
+                f"{broken} is not finite after step {self.done}; the last checkpoint is kept. Lower optim.lr or "
+                f"optim.scale_lr and run again with resume=never"
+            )
         checkpoint["qat_rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["qat_rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["qat_phase"] = self.schedule.phase(self.global_step, self.learns_scale).value
+        checkpoint["qat_phase"] = self.schedule.phase(self.done, self.learns_scale).value
+        checkpoint["qat_schedule"] = asdict(self.schedule)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the random state, and refuses a checkpoint from another schedule."""
-        self._rng = checkpoint["qat_rng"]
-        phase = self.schedule.phase(checkpoint["global_step"], self.learns_scale).value
+        self._rng, self.done, self._observed = checkpoint["qat_rng"], checkpoint["global_step"], None
+        phase = self.schedule.phase(self.done, self.learns_scale).value
         if checkpoint["qat_phase"] != phase:
             raise ValueError(f"the checkpoint is in phase {checkpoint['qat_phase']}, the schedule says {phase}")
+        if checkpoint["qat_schedule"] != (ours := asdict(self.schedule)):
+            raise ValueError(f"the checkpoint's schedule is {checkpoint['qat_schedule']}, not {ours}; use resume=never")
 
     def _first_bad(self, batch: Tensor) -> str:
         """Where numbers went wrong first: a parameter, or else a module of the student, or else one of the teacher."""
-        for name, parameter in self.student.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                return f" ({name} is not finite)"
+        if broken := first_broken(self.student):
+            return f" ({broken} is not finite)"
         for whose, model in {"": self.split, "the teacher's ": self._teacher}.items():
             if model is not None and (name := first_not_finite(model, batch)):
                 return f" (the output of {whose}{name} is not finite)"

@@ -74,8 +74,15 @@ def test_every_field_is_a_key_of_some_verb():
 def _collect(node, path, found):
     for key, child in node.children.items():
         found.add(f"{path}{key}")
-        found |= {f"{path}{key}.{name}" for default in child.defaults if isinstance(default, dict) for name in default}
+        for default in child.defaults:
+            _collect_values(default, f"{path}{key}.", found)
         _collect(child, f"{path}{key}.", found)
+
+
+def _collect_values(value, path, found):
+    for key, child in value.items() if isinstance(value, dict) else ():
+        found.add(f"{path}{key}")
+        _collect_values(child, f"{path}{key}.", found)
 
 
 def test_at_reads_a_path_or_none():

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 
 from qat.cli.rules import check_rules
@@ -26,7 +28,25 @@ def said(config, recipe=None):
                 "trainer": {"max_steps": 10},
                 "estimator": {"_target_": "qat.nn.estimators.LSQ"},
             },
-            "schedule.freeze: 10 is not below trainer.max_steps=10: the estimator LSQ would never learn",
+            "schedule.freeze: scales follow the weights until step 10, which is not below trainer.max_steps=10: the es",
+        ),
+        (
+            {
+                "schedule": {"start": 9, "freeze": 9},
+                "trainer": {"max_steps": 10},
+                "estimator": {"_target_": "qat.nn.estimators.LSQ"},
+            },
+            "schedule.freeze: scales follow the weights until step 10, which",  # for one step at least
+        ),
+        (
+            {"schedule": {"start": 2, "freeze": 2, "ramp": 8}, "trainer": {"max_steps": 10}},
+            "schedule.ramp: 8 steps from schedule.start=2 on are not below trainer.max_steps=10: weights would never "
+            "be on their grid; at most 7",
+        ),
+        ({"schedule": {"start": 0, "freeze": 0, "ramp": -1}}, "schedule.ramp: a step of -1"),
+        (
+            {"schedule": {"start": 0, "freeze": 6, "winq": {"every": 5, "alpha": 0.5}}, "trainer": {"max_steps": 10}},
+            "schedule.winq.every: no multiple of 5 lies between step 6, when scales are settled, and trainer.max_steps",
         ),
         ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas[1]: expected a number from 0 to below 1, found 1.0"),
         (
@@ -44,6 +64,10 @@ def said(config, recipe=None):
         (
             {"schedule": {"start": 0, "freeze": 2}, "optim": {"train": "scales"}},
             "schedule.freeze: until step 2 scales follow the weights, but optim.train=scales has its codes settled",
+        ),
+        (
+            {"schedule": {"winq": {"every": 5, "alpha": 0.5}}, "optim": {"train": "scales"}},
+            "schedule.winq: optim.train=scales trains no masters",
         ),
         ({"arms": {"fp": {}}}, "arms.fp: every comparison has an arm of this name"),
         ({"arms": {"a/b": {}}}, "arms.a/b: an arm's name"),
@@ -67,6 +91,22 @@ def test_what_contradicts_is_said(config, words):
 )
 def test_what_fits_or_is_broken_otherwise_passes(config):
     assert said(config) == []
+
+
+def test_the_schedule_says_the_same():
+    """What this page refuses is what the schedule itself refuses, before training starts."""
+    from qat.training.phases import PhaseSchedule
+    from qat.training.winq import WinQ
+
+    for start, freeze, ramp, every in product((-1, 0, 1, 5, 6), (0, 1, 4, 5, 6), (-1, 0, 2, 5, 6), (None, 1, 2, 4, 6)):
+        node = {"start": start, "freeze": freeze, "ramp": ramp, "winq": every and {"every": every, "alpha": 0.5}}
+        refused = bool(said({"schedule": node, "trainer": {"max_steps": 6}}))
+        try:
+            PhaseSchedule(start, freeze, ramp, every and WinQ(every, 0.5)).check(6)
+        except ValueError:
+            assert refused, node
+        else:
+            assert not refused, node
 
 
 @pytest.mark.parametrize(

@@ -54,3 +54,28 @@ def test_a_quantized_cache_is_trained_exported_verified_and_found_again(finish, 
     capsys.readouterr()
     assert main(["eval", f"runs={run.runs}", f"run={run.path}", "device=cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["kl"] == pytest.approx(summary["arms"]["qat"]["kl"], rel=1e-9)
+
+
+GRIDS = {
+    **{f"int{bits}": [f"recipe.rules.linears.weight.grid.bits={bits}"] for bits in (2, 3, 5, 6, 7, 8)},
+    "int3_asym": ["recipe.rules.linears.weight.grid.bits=3", "recipe.rules.linears.weight.symmetric=false"],
+    "int2_zeros": ["recipe=w2a16_g64_asym", "estimator=efficientqat"],
+    "channel": ["recipe=w4a16_channel"],
+    "ternary": ["recipe=ternary_g64", "estimator=seq"],
+    "seq2": ["recipe=seq2_g64", "estimator=seq"],
+    "binary": ["recipe=binary_g64", "estimator=seq"],
+}
+SIZE = "recipe.rules.linears.weight.granularity.group_size"
+
+
+@pytest.mark.parametrize("overrides", GRIDS.values(), ids=GRIDS)
+def test_the_certificate_holds_on_every_grid_that_the_format_carries(overrides, finish):
+    """Scales move far in two steps, so that codes are not those of the start."""
+    sized = [] if overrides == GRIDS["channel"] else [f"{SIZE}=32"]
+    unsized = [f"~{SIZE}"] if overrides == GRIDS["channel"] else []
+    run = finish("train", *overrides, *sized, *unsized, "optim.scale_lr=0.2", "optim.warmup=0")
+    export = json.loads((run.path / "summary.json").read_text())["export"]
+    assert export["verified"]
+    assert export["codes_equal"]
+    assert export["weights_equal"]
+    assert export["greedy_equal"]

@@ -76,9 +76,9 @@ def test_strength_is_how_far_the_tensor_goes():
     _, scale, _ = rtn(x, s, torch.bfloat16)
     there = op(x, scale, None, s.grid, torch.float32)
     for strength in (0.0, 0.25, 1.0):
-        found, _ = fake_quantize(x, scale, s.grid, torch.float32, strength=strength)
+        found, _ = fake_quantize(x, scale, s.grid, torch.float32, strength=torch.tensor(strength))
         assert torch.allclose(found, x + strength * (there - x), atol=1e-6)
-    assert torch.equal(fake_quantize(x, scale, s.grid, torch.float32, strength=0.0)[0], x)
+    assert torch.equal(fake_quantize(x, scale, s.grid, torch.float32, strength=torch.tensor(0.0))[0], x)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -127,7 +127,7 @@ def test_the_operator_is_well_formed():
     x = torch.randn(8, 64)
     _, scale, _ = rtn(x, s, torch.bfloat16)
     for rows in (None, torch.tensor([7, 0, 7])):
-        arguments = (x, scale, torch.zeros(8, 2), None, None, None, "int4", 1.0, torch.bfloat16, rows)
+        arguments = (x, scale, torch.zeros(8, 2), None, None, None, "int4", torch.tensor(0.5), torch.bfloat16, rows)
         torch.library.opcheck(_fake_quantize, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import scheme
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from qat.nn.estimators import LSQ, Clipped, EfficientQAT, LSQPlus, Rounded, StraightThrough
@@ -49,13 +50,14 @@ def test_off_is_the_tensor_itself():
 def test_observe_follows_frozen_stays():
     quant, w = make(), torch.randn(16, 64)
     quant.phase = Phase.OBSERVE
-    quant(w, F32)
+    quant.observe(w)
     before = quant.scale.clone()
-    quant(2 * w, F32)
+    quant.observe(2 * w)
     assert torch.equal(quant.scale, 2 * before)
-    quant.phase = Phase.FROZEN
-    quant(5 * w, F32)
-    assert torch.equal(quant.scale, 2 * before)
+    for phase in (Phase.OBSERVE, Phase.FROZEN):
+        quant.phase = phase
+        quant(5 * w, F32)
+        assert torch.equal(quant.scale, 2 * before)
 
 
 def test_learn_trains_scale_and_master_only_if_the_estimator_can():
@@ -237,3 +239,25 @@ def test_with_half_its_strength_half_the_gradient_goes_straight(estimator):
     assert torch.equal(found[0][0], grad)
     for none, half, whole in zip(*found, strict=True):
         assert torch.allclose(half, (none + whole) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_a_ramp_is_compiled_once_and_computes_the_same():
+    """And once more at its end: a number that compiled code knows would be compiled anew in every step."""
+    quant, grad = make(symmetric=False), torch.randn(16, 64)
+    quant.observe(torch.randn(16, 64))
+    quant.phase = Phase.LEARN
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(quant, backend=counter, fullgraph=True)
+    x = torch.randn(16, 64)
+    compilations = []
+    for strength in (0.0, 0.25, 0.5, 0.75, 1.0, 1.0):
+        quant.strength, found = strength, []
+        for call in (quant, compiled):
+            w, quant.log_step.grad = x.clone().requires_grad_(), None
+            result = call(w, F32)
+            result.backward(grad)
+            found.append((result, w.grad, quant.log_step.grad))
+        assert all(torch.equal(eager, ours) for eager, ours in zip(*found, strict=True))
+        compilations.append(counter.frame_count)
+    assert [n - compilations[0] for n in compilations] == [0, 0, 0, 0, 1, 1]
+    torch._dynamo.reset()

@@ -146,3 +146,11 @@ def test_validation_is_the_mean_over_predicted_tokens():
     found.on_validation_epoch_end()
     assert float(said["val/nll"]) == pytest.approx(float(expected), rel=1e-6)
     assert float(said["val/ppl"]) == pytest.approx(float(expected.exp()), rel=1e-5)
+
+
+def test_training_that_begins_anew_begins_the_schedule_anew():
+    """A Trainer that starts at step 0 with a module that another one trained."""
+    found = module()
+    found.done = 4
+    found.on_train_start()
+    assert found.done == 0

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The quality table of the README: `bash scripts/reproduce/quality.sh [arguments of quality.py]`. Repeated, it goes on.
+# WORK is where texts and tokens are kept; ARGS after `--` are overrides, such as model.path=FILE.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$root/scripts/setup.sh"
+setup serve,report "$root"
+cd "$root"
+work=${WORK:-$root/runs/quality}
+python=.venv/bin/python
+mkdir -p "$work"
+[ -d "$work/prose/wives" ] || $python scripts/reproduce/texts.py "$work/prose"
+[ -f "$work/generated/manifest.json" ] || $python -m qat generate out="$work/generated" tokens=1600000 sequences=4096
+if [ ! -d "$work/tokens" ]; then
+  $python -m qat run experiment=smoke dry_run=true logger=none resume=never runs="$work/runs"
+  cp -r "$($python -c "import json, pathlib; print(json.loads((pathlib.Path('$work/runs/latest') / 'run.json').read_text())['data']['path'])")" "$work/tokens"
+fi
+$python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens "$work/tokens" \
+  --generated "$work/generated" --prose "$work/prose" "$@"
