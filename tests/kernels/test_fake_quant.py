@@ -191,6 +191,9 @@ def test_a_gpu_rounds_as_a_cpu_does_eager_and_compiled(dtype):
         expected = op(x, scale, zero, s.grid, dtype, g=g)
         parts = [None if t is None else t.cuda() for t in (x, scale, zero, g)]
         assert torch.equal(bits(op(*parts[:3], s.grid, dtype, g=parts[3])).cpu(), bits(expected)), name
+        some, _ = fake_quantize(parts[0], parts[1], s.grid, dtype, zero_point=parts[2], global_scale=parts[3],
+                                rows=torch.tensor([5, 0, 5]).cuda())  # fmt: skip
+        assert torch.equal(bits(some).cpu(), bits(expected[[5, 0, 5]])), f"{name}, some rows"
         torch._dynamo.reset()
         compiled = torch.compile(lambda *p, s=s: op(*p[:3], s.grid, dtype, g=p[3]))
         assert torch.equal(bits(compiled(*parts)).cpu(), bits(expected)), f"{name}, compiled"
