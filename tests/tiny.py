@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat.data.text import Tokens, load, save, tokenizer_digest
-from qat.numerics.granularity import PerGroup
+from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.grid import IntGrid
 from qat.numerics.kv import KINDS
 from qat.numerics.recipe import Recipe, Rule
@@ -50,6 +50,13 @@ def scheme(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Schem
 def recipe(bits: int = 4, group_size: int = 32, symmetric: bool = True, kv: str | None = None) -> Recipe:
     rules = {"linears": Rule(".*_proj", scheme(bits, group_size, symmetric)), "head": Rule("lm_head", None)}
     return Recipe(rules, None if kv is None else KINDS[kv])
+
+
+def embedded(weight: Scheme | None = None, bits: int = 4) -> Recipe:
+    """`recipe` with the embedding quantized, too; 8 bits by row where nothing else is said."""
+    return Recipe(
+        recipe(bits).rules | {"embeddings": Rule(".*embed_tokens", weight or Scheme(IntGrid(8), PerChannel()))}
+    )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -182,7 +182,7 @@ def _merged(bench: Workbench, student: PreTrainedModel) -> tuple[Tensors, Folded
         found = quantize(bench, "adapter_then", then, apply(bench.judged, {}, changes.folded))
         changes.add(found)
         for name in found.tensors:
-            del changes.folded[f"{name}.weight"]
+            changes.folded.pop(f"{name}.weight", None)  # an embedding was not QLoRA's
         changes.folded.update(static_inputs(bench, changes))
     recipe = None if then is None else bench.recipe
     graph = bench.moved(apply(bench.model, changes.tensors, changes.folded, recipe=recipe))

@@ -34,6 +34,7 @@ def check_files(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
         if isinstance(recipe := built.get("recipe"), Recipe):
             yield from groups(recipe, facts)
             yield from base_groups(config, recipe, facts)
+            yield from embeddings(config, recipe, facts)
             yield from budget(config, recipe, facts)
 
 
@@ -72,10 +73,10 @@ def lengths(config: dict[str, Any], facts: ModelFacts) -> Iterator[Problem]:
 
 
 def groups(recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
-    """Every rule's granularity fits the linears that it decides for, and quantizes something."""
+    """Every rule's granularity fits the modules that it decides for, and quantizes something."""
     said: set[tuple[str, str]] = set()
     quantized = 0
-    for name, shape in facts.linears.items():
+    for name, shape in facts.matrices.items():
         hit = recipe.rule_for(name)
         if hit is None or (scheme := hit[1].weight) is None:
             continue
@@ -106,13 +107,26 @@ def base_groups(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> It
             return
 
 
+def embeddings(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
+    """An embedding is looked up, so it has no input to quantize; and the format cannot carry it."""
+    for name in facts.embeddings:
+        hit = recipe.rule_for(name)
+        if hit is None or hit[1].weight is None:
+            continue
+        if hit[1].input is not None:
+            yield Problem(f"recipe.rules.{hit[0]}.input", f"{name} is an embedding: its input is token ids; use null")
+        if at(config, "format.name") == "compressed_tensors":
+            text = f"{name} is an embedding, which format=compressed_tensors cannot carry; use format=none"
+            yield Problem(f"recipe.rules.{hit[0]}.match", f"{text}, or add a later rule for it with weight=null")
+
+
 def budget(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
     """Bits per quantized weight that some choice of widths can meet, and that are not more than all take."""
     value: Any = config.get("budget")
     widths = config.get("bits", [])
     if POSITIVE(value) or check_widths(widths) or next(groups(recipe, facts), None):
         return
-    hits = [(recipe.rule_for(name), shape) for name, shape in facts.linears.items()]
+    hits = [(recipe.rule_for(name), shape) for name, shape in facts.matrices.items()]
     weights = [(hit[1].weight, shape) for hit, shape in hits if hit and hit[1].weight]
     try:
         budget_bits(value, weights, widths, {"float32": 32}.get(str(at(config, "export.dtype")), 16))

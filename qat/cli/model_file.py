@@ -1,4 +1,4 @@
-"""What a model's files say of it without torch: the context length and the shapes of its linears.
+"""What a model's files say of it without torch: the context length and the shapes of its linears and embeddings.
 
 Reads `config.json` and safetensors headers of a Hugging Face directory, or the header of a GGUF file. Weights are not
 read. A directory without safetensors headers gives shapes only for configs that are written as Llama's.
@@ -7,7 +7,7 @@ read. A directory without safetensors headers gives shapes only for configs that
 import json
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ GGUF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+OUTER = {"token_embd.weight": "model.embed_tokens", "output.weight": "lm_head"}
 HEADER_LIMIT = 2**27  # bytes; a longer header is no header
 
 
@@ -35,10 +36,17 @@ class ModelFacts:
     Attributes:
         context: The longest sequence that it was made for, in tokens; None if its files do not say.
         linears: Module name to (out-features, in-features); empty if its files do not say.
+        embeddings: Module name to (entries, features); likewise.
     """
 
     context: int | None
     linears: dict[str, Shape]
+    embeddings: dict[str, Shape] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> dict[str, Shape]:
+        """Linears and embeddings together."""
+        return self.linears | self.embeddings
 
 
 def read_model(path: Path) -> ModelFacts:
@@ -73,12 +81,18 @@ def _directory(path: Path) -> ModelFacts:
     if not files and not list(path.glob("pytorch_model*.bin")):
         raise ValueError(f"{path} holds no weights (*.safetensors)")
     context = config.get("max_position_embeddings")
-    linears = dict(pair for file in files for pair in _safetensors(file).items())
-    return ModelFacts(context if isinstance(context, int) else None, linears or _from_config(config))
+    found = dict(pair for file in files for pair in _safetensors(file).items()) or _from_config(config)
+    return _facts(context, found)
+
+
+def _facts(context: Any, matrices: dict[str, Shape]) -> ModelFacts:
+    embeddings = {name: shape for name, shape in matrices.items() if "embed" in name}
+    linears = {name: shape for name, shape in matrices.items() if name not in embeddings}
+    return ModelFacts(context if isinstance(context, int) else None, linears, embeddings)
 
 
 def _safetensors(path: Path) -> dict[str, Shape]:
-    """Module name to shape of every two-dimensional weight of a file that is not an embedding's."""
+    """Module name to shape of every two-dimensional weight of a file."""
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
@@ -86,12 +100,11 @@ def _safetensors(path: Path) -> dict[str, Shape]:
         shapes = {name: entry["shape"] for name, entry in header.items() if name.endswith(".weight")}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no safetensors file, or it is damaged") from None
-    found = {name.removesuffix(".weight"): tuple(shape) for name, shape in shapes.items() if len(shape) == 2}
-    return {name: shape for name, shape in found.items() if "embed" not in name}
+    return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2}
 
 
 def _from_config(config: dict[str, Any]) -> dict[str, Shape]:
-    """Shapes of one decoder block from a config in Llama's words; empty for another."""
+    """Shapes of the embedding and one decoder block from a config in Llama's words; empty for another."""
     hidden, inner, heads = (config.get(key, 0) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     if not all(isinstance(n, int) and n > 0 for n in (hidden, inner, heads)):
         return {}
@@ -106,7 +119,9 @@ def _from_config(config: dict[str, Any]) -> dict[str, Shape]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    return {f"model.layers.0.{name}": shape for name, shape in block.items()}
+    entries = config.get("vocab_size")
+    embedding = {"model.embed_tokens": (entries, hidden)} if isinstance(entries, int) and entries > 0 else {}
+    return embedding | {f"model.layers.0.{name}": shape for name, shape in block.items()}
 
 
 def _gguf(file: BinaryIO) -> ModelFacts:
@@ -116,21 +131,20 @@ def _gguf(file: BinaryIO) -> ModelFacts:
     for _ in range(pairs):
         key = _text(file)
         metadata[key] = _value(file, _number(file, "I"))
-    linears: dict[str, Shape] = {}
+    matrices: dict[str, Shape] = {}
     for _ in range(tensors):
         name = _text(file)
         shape = tuple(_number(file, "Q") for _ in range(_number(file, "I")))
         file.seek(12, 1)
         if module := _module(name):
-            linears[module] = (shape[1], shape[0])  # GGUF lists the fastest axis first
-    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    return ModelFacts(context if isinstance(context, int) else None, linears)
+            matrices[module] = (shape[1], shape[0])  # GGUF lists the fastest axis first
+    return _facts(metadata.get(f"{metadata.get('general.architecture')}.context_length"), matrices)
 
 
 def _module(name: str) -> str | None:
-    """The Hugging Face module of a GGUF tensor, if it is a linear."""
-    if name == "output.weight":
-        return "lm_head"
+    """The Hugging Face module of a GGUF tensor, if it is a linear or an embedding."""
+    if name in OUTER:
+        return OUTER[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
     return f"model.layers.{match[1]}.{GGUF_NAMES[match[2]]}" if match and match[2] in GGUF_NAMES else None
 

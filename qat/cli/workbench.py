@@ -140,7 +140,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     plan = match(model, recipe)
     for row in plan.rows:
         if row.weight is not None and config["format"]["name"] != "none":
-            compressed_tensors.check_scheme(row.name, row.weight, row.input)
+            compressed_tensors.check_scheme(row.name, row.weight, row.input, row.kind)
     if recipe.kv is not None:
         check_kv(model, recipe.kv)
     test, calib = config["evaluation"], config["calibration"]

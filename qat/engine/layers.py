@@ -43,6 +43,22 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Embedding(nn.Module):
+    """A plain table of the vocabulary, in its storage dtype.
+
+    Args:
+        weight: `[V, N]`.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Token ids `[T]` -> `[T, N]` in `dtype`."""
+        return F.embedding(tokens, self.weight).to(dtype)
+
+
 class Concatenated(nn.Module):
     """Linears of one input, side by side: what cannot be fused into one weight.
 
@@ -195,7 +211,7 @@ class Decoder(nn.Module):
     """A decoder-only language model.
 
     Args:
-        embedding: `[V, N]` in its storage dtype.
+        embedding: Token ids `[T]` and a dtype -> `[T, N]` in it.
         rotary: Position embedding.
         layers: From first to last.
         norm: Norm before the head.
@@ -205,7 +221,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        embedding: nn.Parameter,
+        embedding: nn.Module,
         rotary: Rotary,
         layers: Sequence[Layer],
         norm: nn.Module,
@@ -216,9 +232,14 @@ class Decoder(nn.Module):
         self.embedding, self.rotary, self.layers = embedding, rotary, nn.ModuleList(layers)
         self.norm, self.head, self.dtype = norm, head, dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.rotary.frequencies.device
+
     def forward(self, tokens: Tensor, positions: Tensor, paging: Paging, caches: Sequence[Cache]) -> Tensor:
         """Token ids and positions `[T]` -> hidden states `[T, N]` before the last norm."""
-        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        x = self.embedding(tokens, self.dtype)
         rotation = self.rotary(positions, self.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, paging, cache)

@@ -102,7 +102,7 @@ class LLM:
 
     @property
     def kernels(self) -> dict[str, int]:
-        """How many linears each layout of weights, and with it each kernel, multiplies."""
+        """How many packed weights lie in the layout of each kernel; a tied pair is one."""
         linears = (m for m in self.loaded.model.modules() if isinstance(m, PackedLinear))
         return dict(Counter(type(linear.weight).__name__ for linear in linears))
 

@@ -30,7 +30,7 @@ class ModelRunner:
 
     def __init__(self, loaded: Loaded, config: EngineConfig):
         self.model = loaded.model
-        self.device, self.block_size = loaded.model.embedding.device, config.block_size
+        self.device, self.block_size = loaded.model.device, config.block_size
         self._exact = config.kernel == "reference"
         self.num_blocks = num_blocks(loaded, config)
         described, dtype = loaded.config, loaded.model.dtype

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from qat.engine.layers import Concatenated, Linear, RMSNorm
+from qat.engine.layers import Concatenated, Embedding, Linear, RMSNorm
 from qat.formats.base import Checkpoint, tensor_files
+from qat.nn.packed_embedding import PackedEmbedding
 from qat.nn.packed_linear import PackedLinear
 from qat.numerics.granularity import PerTensor
 from qat.numerics.qtensor import QuantizedTensor
@@ -70,10 +71,7 @@ class Weights:
             weights = [self._plain(f"{name}.weight", (rows, columns)) for name, rows in names.items()]
             return Linear(torch.cat(weights) if len(weights) > 1 else weights[0], fused_bias)
         layer = PackedLinear(_fuse([self._quantized(n, (r, columns)) for n, r in names.items()]), fused_bias)
-        if not self._reference:
-            before = layer.nbytes
-            layer.specialize(self._spare)
-            self._spare -= layer.nbytes - before
+        self._specialize(layer, layer)
         return layer
 
     def norm(self, name: str, size: int) -> RMSNorm:
@@ -84,23 +82,29 @@ class Weights:
         """A vector in fp32."""
         return self._plain(name, (size,)).float()
 
-    def embedding(self, name: str, rows: int, columns: int) -> nn.Parameter:
-        """A table in its storage dtype."""
-        return nn.Parameter(self._plain(f"{name}.weight", (rows, columns)), requires_grad=False)
+    def embedding(self, name: str, rows: int, columns: int) -> Embedding | PackedEmbedding:
+        """A table, packed or in its storage dtype."""
+        if name in self._checkpoint.tensors:
+            layer = PackedEmbedding(PackedLinear(self._quantized(name, (rows, columns))))
+            if self._config.tie_word_embeddings:  # else it is not multiplied by
+                self._specialize(layer, layer.linear)
+            return layer
+        return Embedding(self._plain(f"{name}.weight", (rows, columns)))
 
-    def head(self, embedding: nn.Parameter) -> nn.Module:
-        """The linear onto the vocabulary; a tied one is the embedding itself."""
-        rows, columns = embedding.shape
+    def head(self, embedding: Embedding | PackedEmbedding) -> nn.Module:
+        """The linear onto the vocabulary; a tied one has the embedding's own table, packed or not."""
         if not self._config.tie_word_embeddings:
-            return self.linear("", {"lm_head": rows}, columns)
+            return self.linear("", {"lm_head": self._config.vocab_size}, self._config.hidden_size)
+        if isinstance(embedding, PackedEmbedding):
+            return embedding.linear
         if "lm_head.weight" in self._left and not torch.equal(
-            self._plain("lm_head.weight", (rows, columns)), embedding
+            self._plain("lm_head.weight", tuple(embedding.weight.shape)), embedding.weight
         ):
             raise ValueError(
                 f"{self._files['lm_head.weight']}: lm_head.weight is not the embedding that config.json ties it to"
             )
         head = Linear(torch.empty(0))
-        head.weight = embedding
+        head.weight = embedding.weight
         return head
 
     def finish(self) -> None:
@@ -111,6 +115,12 @@ class Weights:
             name = strays[0]
             file = self._files.get(name) or self._files[f"{name}.weight_packed"]
             raise ValueError(f"{file}: tensor {name} has no place in the {self._config.model_type} of config.json")
+
+    def _specialize(self, layer: PackedLinear | PackedEmbedding, linear: PackedLinear) -> None:
+        if not self._reference:
+            before = linear.nbytes
+            layer.specialize(self._spare)
+            self._spare -= linear.nbytes - before
 
     def _scheme(self, module: str) -> Scheme | None:
         hit = self._checkpoint.recipe.rule_for(module) if module in self._checkpoint.tensors else None

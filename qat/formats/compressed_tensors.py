@@ -9,6 +9,9 @@ For each quantized module (all row-major, codes and zero points stored with `2**
 
 Symmetric checkpoints must not hold a zero point: vLLM refuses them.
 
+A packed embedding is read here, and decoded by the library, but not written: transformers 5.23 cannot load one unless
+it is asked to dequantize, and then only where the whole file has one scheme.
+
 A KV cache with a scale for each token and head stores nothing but its scheme, `kv_cache_scheme`: dynamic, in groups of
 head_dim elements (`token` would be one scale for all tokens of a head, as the library computes it). No key says how an
 integer scale follows from absmax: here it is absmax / 127, where the library divides by 127.5. vLLM reads none but
@@ -48,8 +51,13 @@ LAYOUT_VERSION = "0.20.0"  # the dense bitstream; releases before 0.18 left gaps
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
-def check_scheme(name: str, weight: Scheme, input: Scheme | None = None) -> None:
-    """Raises ValueError, naming the module, if the format cannot carry a scheme."""
+def check_scheme(name: str, weight: Scheme, input: Scheme | None = None, kind: str = "Linear") -> None:
+    """Raises ValueError, naming the module, if the format cannot carry a scheme, or a module of that class."""
+    if kind == "Embedding":
+        raise ValueError(
+            f"{name}: transformers does not load a packed embedding from {FORMAT}, so it cannot be exported. Use "
+            f"format=none, or add a later rule that matches it, with weight=null"
+        )
     if input is not None:
         raise ValueError(
             f"{name}: {FORMAT} carries weights only; its input scheme {input} cannot be exported. Use format=none"
@@ -89,7 +97,7 @@ def save(
         hit = recipe.rule_for(name)
         if hit is None or hit[1].weight != tensor.scheme:
             raise ValueError(f"{name}: quantized as {tensor.scheme}, but the recipe says {hit and hit[1].weight}")
-        check_scheme(name, tensor.scheme, hit[1].input)
+        check_scheme(name, tensor.scheme, hit[1].input, type(model.get_submodule(name)).__name__)
         if tensor.scale.dtype != scale_dtype(tensor.scheme, dtype):
             raise ValueError(f"{name}: scale in {tensor.scale.dtype}, but the storage dtype is {dtype}")
     config = quantization_config(tensors, linear_names(model))
@@ -331,7 +339,8 @@ def module_schemes(path: Path, quantization: Mapping[str, Any], modules: list[st
         hits = [
             key for key, group in groups.items() if any(_targets(target, name) for target in group.get("targets", ()))
         ]
-        hits = hits or [key for key, group in groups.items() if "Linear" in group.get("targets", ())]
+        kind = "Embedding" if "embed" in name.rpartition(".")[2] else "Linear"
+        hits = hits or [key for key, group in groups.items() if kind in group.get("targets", ())]
         if not hits:
             raise ValueError(f"{path}/config.json: no config group speaks of the packed module {name}")
         result[name] = schemes[hits[0]]

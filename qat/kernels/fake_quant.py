@@ -1,8 +1,9 @@
 """Fake-quantization: x -> round_D(level(x / s) * s), the forward of QAT, as one opaque operator.
 
 Shapes: x `[...]`; scale, log_step, zero_point and zero_step of a scale shape that groups x (`numerics/granularity.py`);
-global_scale `[1]`; result of x's shape in `dtype`. What is served follows from an observed part and a learned one,
-which is 0 at the start, so that training begins exactly on what was observed:
+global_scale `[1]`; result of x's shape in `dtype`. With rows `[n]` of a matrix x, for a lookup, these alone are
+computed, and the result is `[n, I]`. What is served follows from an observed part and a learned one, which is 0 at
+the start, so that training begins exactly on what was observed:
 
     s = round(scale * exp(log_step))  in the scale's dtype, over the global scale where there is one
     z = clamp(rint(zero_point + zero_step), qmin, qmax)
@@ -14,6 +15,7 @@ and sums, either of which moves codes. `torch.compile` sees one call, and codes 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +24,9 @@ from qat.numerics.affine import group, round_scale, served
 from qat.numerics.grid import Codebook, FloatGrid, Grid, IntGrid
 from qat.numerics.levels import snap
 
-_watcher: Callable[[Tensor, Tensor], None] | None = None
+Watcher = Callable[[Tensor, Tensor, Tensor | None], None]  # scale, result, rows
+_watcher: Watcher | None = None
+Part = TypeVar("Part", Tensor, Tensor | None)
 
 
 def served_scale(scale: Tensor, log_step: Tensor | None) -> Tensor:
@@ -35,6 +39,11 @@ def served_zero(zero_point: Tensor, zero_step: Tensor | None, grid: IntGrid) -> 
     if zero_step is None:
         return zero_point
     return torch.round(zero_point.float() + zero_step).clamp_(grid.qmin, grid.qmax).to(torch.int8)
+
+
+def taken(values: Part, rows: Tensor | None) -> Part:
+    """Rows of a matrix, or of the values that belong to its rows; a value for the whole matrix is every row's."""
+    return values if values is None or rows is None or values.dim() < 2 else values.index_select(0, rows)
 
 
 @lru_cache(maxsize=64)
@@ -56,8 +65,11 @@ def _fake_quantize(
     grid: str,
     strength: Tensor | None,
     dtype: torch.dtype,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    levels = grid_of(grid)
+    levels, which = grid_of(grid), scale
+    x, scale, log_step = taken(x, rows), taken(scale, rows), taken(log_step, rows)
+    zero_point, zero_step = taken(zero_point, rows), taken(zero_step, rows)
     s = served(served_scale(scale, log_step), global_scale)
     z = None
     if zero_point is not None:
@@ -68,12 +80,13 @@ def _fake_quantize(
         values = torch.lerp(group(x.float(), scale), values, float(strength))
     result = values.to(dtype).reshape(x.shape)
     if _watcher is not None:
-        _watcher(scale, result)
+        _watcher(which, result, rows)
     return result, s
 
 
 @_fake_quantize.register_fake
-def _(x, scale, log_step, zero_point, zero_step, global_scale, grid, strength, dtype):  # type: ignore[no-untyped-def]
+def _(x, scale, log_step, zero_point, zero_step, global_scale, grid, strength, dtype, rows):  # type: ignore[no-untyped-def]
+    x, scale = taken(x, rows), taken(scale, rows)
     return torch.empty_like(x, dtype=dtype), torch.empty_like(scale, dtype=torch.float32)
 
 
@@ -88,6 +101,7 @@ def fake_quantize(
     zero_step: Tensor | None = None,
     global_scale: Tensor | None = None,
     strength: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Equal, bit for bit, to `dequantize(quantize(x))` of `numerics/affine.py` with what is served.
 
@@ -95,14 +109,14 @@ def fake_quantize(
     It is a tensor of no dimensions on the CPU: `torch.compile` would compile anew for each float.
 
     Returns:
-        The result, and the served scale in fp32, which the gradient needs.
+        The result, and the served scale in fp32, which the gradient needs; both of `rows` alone, where they are given.
     """
-    return _fake_quantize(x, scale, log_step, zero_point, zero_step, global_scale, str(grid), strength, dtype)
+    return _fake_quantize(x, scale, log_step, zero_point, zero_step, global_scale, str(grid), strength, dtype, rows)
 
 
 @contextmanager
-def watch(watcher: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """While open, `watcher(scale, result)` sees every fake-quantization as it really ran, compiled or not.
+def watch(watcher: Watcher) -> Iterator[None]:
+    """While open, `watcher(scale, result, rows)` sees every fake-quantization as it really ran, compiled or not.
 
     `scale` tells which one it is: the observed part is a buffer that stays where it is, while x may be a sum made for
     the occasion.

@@ -10,7 +10,7 @@ case.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,14 @@ class Weight(Protocol):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x `[..., I]` times the weight's transpose -> `[..., O]` in x's dtype."""
+
+
+@runtime_checkable
+class Table(Weight, Protocol):
+    """A weight in a layout whose rows can be read one by one: an embedding's, or a tied pair's."""
+
+    def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` `[n]`, dequantized to `dtype`: `[n, I]`. Nothing else of the weight is touched."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +80,23 @@ class PackedWeight:
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Output rows `[start, stop)` of the weight, dequantized to `dtype`: `[stop - start, I]`."""
-        part = slice(None) if isinstance(self.scheme.granularity, PerTensor) else slice(start, stop)
-        zero_point = None if self.zero_point is None else self.zero_point[part]
-        return dequantize(self.codes(start, stop), self.scale[part], zero_point, dtype)
+        return self._dequantized(slice(start, stop), dtype)
+
+    def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` `[n]`, dequantized to `dtype`: `[n, I]`."""
+        return self._dequantized(ids, dtype)
 
     def codes(self, start: int, stop: int) -> Tensor:
         """Signed codes of output rows `[start, stop)`: int8 `[stop - start, I]`."""
-        unsigned = unpack(self.words[start:stop], self.scheme.grid.bits, self.shape[1])
+        return self._codes(slice(start, stop))
+
+    def _dequantized(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        part = slice(None) if isinstance(self.scheme.granularity, PerTensor) else rows
+        zero_point = None if self.zero_point is None else self.zero_point[part]
+        return dequantize(self._codes(rows), self.scale[part], zero_point, dtype)
+
+    def _codes(self, rows: slice | Tensor) -> Tensor:
+        unsigned = unpack(self.words[rows], self.scheme.grid.bits, self.shape[1])
         return unsigned.sub_(offset(self.scheme.grid.bits)).view(torch.int8)  # modulo 256, which is two's complement
 
     def to(self, device: torch.device | str) -> "PackedWeight":

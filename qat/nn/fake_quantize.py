@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels.fake_quant import fake_quantize, served_scale, served_zero
+from qat.kernels.fake_quant import fake_quantize, served_scale, served_zero, taken
 from qat.nn.estimators import Estimator, Rounded
 from qat.nn.observers.base import Observer, across_ranks
 from qat.numerics.affine import divisor, group, qparams, quantize, scale_dtype
@@ -156,24 +156,24 @@ class FakeQuantize(nn.Module):
         """Codes that serving will have for `x`."""
         return quantize(x.detach(), *self.qparams(), self.scheme.grid, self.global_scale)
 
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` on its grid, in the compute dtype."""
+    def forward(self, x: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """`x` on its grid, in the compute dtype; `rows` `[n]` of a matrix: these alone, `[n, I]`."""
         if self.phase is Phase.OFF:
-            return x.to(dtype)
+            return x.to(dtype) if rows is None else x.index_select(0, rows).to(dtype)
         if self._kept is not None and not self.running:
             if dtype not in self._kept:
                 self._kept[dtype] = self._quantize(x, dtype)
-            return self._kept[dtype]
-        return self._quantize(x, dtype)
+            return self._kept[dtype] if rows is None else self._kept[dtype].index_select(0, rows)
+        return self._quantize(x, dtype, rows)
 
     def held(self, dtype: torch.dtype) -> Tensor | None:
         """What `kept` holds in a dtype already."""
         return None if self._kept is None else self._kept.get(dtype)
 
-    def _quantize(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _quantize(self, x: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         if self.phase is Phase.OBSERVE and self._gathers():
             self.observe(x)
-        more: dict[str, Any] = {"global_scale": self.global_scale, "strength": self._strength}
+        more: dict[str, Any] = {"global_scale": self.global_scale, "strength": self._strength, "rows": rows}
         if self.scheme.dynamic:
             scale, zero_point = self.observer.qparams(x, self.scheme, torch.float32, self.global_scale, check=False)
             return _FakeQuantize.apply(x, None, None, scale, zero_point, self.scheme, self.estimator, dtype, more)
@@ -229,21 +229,21 @@ class _FakeQuantize(torch.autograd.Function):
         if zero_point is not None:
             assert isinstance(scheme.grid, IntGrid)
             zero_point = served_zero(zero_point, zero_step, scheme.grid)
-        ctx.save_for_backward(x, s, zero_point, more["strength"])
+        ctx.save_for_backward(x, s, zero_point, more["strength"], more["rows"])
         ctx.scheme, ctx.estimator = scheme, estimator
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, zero_point, strength = ctx.saved_tensors
-        grid = ctx.scheme.grid
+        whole, s, zero_point, strength, rows = ctx.saved_tensors
+        x, zero_point, grid, single = taken(whole, rows), taken(zero_point, rows), ctx.scheme.grid, s.dim() == 1
         s = s.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
         grad = group(grads[0].to(s.dtype), s.squeeze(-1))
         u, low, high, z = group(x.to(s.dtype), s.squeeze(-1)) / s, grid.low, grid.high, None
         if zero_point is not None:
             z = zero_point.to(s.dtype).unsqueeze(-1)
             low, high = low - z, high - z
-        elements = u.shape[-1] if x.dim() == 2 else x.shape[-1]
+        elements = whole.shape[-1] if whole.dim() != 2 else whole.numel() if single else u.shape[-1]
         rounded = Rounded(
             u, snap(u, grid, z), low, high, grid.outer, isinstance(grid, IntGrid), grid.high, grid.reach, elements
         )
@@ -256,4 +256,13 @@ class _FakeQuantize(torch.autograd.Function):
         if strength is not None:  # of x + strength (Q(x) - x)
             dx = dx * strength + grad * (1 - strength)
             dlog, dzero = (None if d is None else d * strength for d in (dlog, dzero))
-        return dx.reshape(x.shape).to(x.dtype), dlog, dzero, None, None, None, None, None, None
+        dx = dx.reshape(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dx, dlog, dzero = (_scattered(d, rows, len(whole)) for d in (dx, dlog, dzero))
+        return dx, dlog, dzero, None, None, None, None, None, None
+
+
+def _scattered(grad: Tensor | None, rows: Tensor | None, count: int) -> Tensor | None:
+    """The gradient of a matrix of `count` rows from that of some of them, as `F.embedding` has it: deterministic."""
+    if grad is None or rows is None or grad.dim() < 2:
+        return grad
+    return torch.ops.aten.embedding_dense_backward(grad, rows, count, -1, False)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from qat.nn.embedding import QATEmbedding
 from qat.nn.estimators import Gradients, Rounded
 from qat.nn.fake_quantize import FakeQuantize, Phase
 from qat.nn.linear import QATLinear
@@ -38,9 +39,9 @@ def freeze_codes(model: nn.Module) -> None:
         ValueError: A scale is a power of two, and cannot be learned, or a linear has an adapter; names the module.
     """
     model.requires_grad_(False)
-    for linear in _linears(model):
+    for linear in _quantized(model):
         quant = linear.weight_fake_quant
-        if linear.adapter is not None:
+        if isinstance(linear, QATLinear) and linear.adapter is not None:
             raise ValueError(f"{quant.name}: an adapter trains A and B, but optim.train=scales leaves codes; use all")
         if quant.scheme.scale_dtype == E8M0:
             raise ValueError(f"{quant.name}: scales of {quant.scheme} are powers of two; use optim.train=all")
@@ -54,7 +55,7 @@ class Follow:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module):
-        self._codes = [(linear, linear.weight_fake_quant.codes(linear.weight)) for linear in _linears(model)]
+        self._codes = [(linear, linear.weight_fake_quant.codes(linear.weight)) for linear in _quantized(model)]
 
     @torch.no_grad()
     def __call__(self, *_: object) -> None:
@@ -67,5 +68,7 @@ def _values(quant: FakeQuantize, codes: Tensor) -> Tensor:
     return dequantize(codes, *quant.qparams(), torch.float32, quant.scheme.grid, quant.global_scale)
 
 
-def _linears(model: nn.Module) -> list[QATLinear]:
-    return [module for module in model.modules() if isinstance(module, QATLinear)]
+def _quantized(model: nn.Module) -> list[QATLinear | QATEmbedding]:
+    """One module for each set of codes: of a tied pair, whichever comes first."""
+    modules = [module for module in model.modules() if isinstance(module, QATLinear | QATEmbedding)]
+    return list({module.weight_fake_quant: module for module in reversed(modules)}.values())

@@ -25,7 +25,7 @@ from qat.numerics.affine import dequantize, divisor, qparams, quantize, ranges
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme
-from qat.ptq.base import rows, targets
+from qat.ptq.base import OUTSIDE, nearest, outside, rows, targets
 from qat.surgery.match import match
 from qat.surgery.prepare import families
 from qat.surgery.walk import Block, Changes, walk
@@ -50,6 +50,8 @@ def awq(
 ) -> Changes:
     """Searches scales block by block on the full-precision stream, folds them, and rounds to nearest.
 
+    Embeddings, and heads that are not tied to one, lie outside of the blocks: no scale is searched for them.
+
     Args:
         model: A causal language model of a family that `models.families` knows; left as it is.
         recipe: Module name to scheme.
@@ -64,7 +66,8 @@ def awq(
 
     Returns:
         Changes; `layers` has a row for each mapping with `loss`, `identity` (the loss of round to nearest), `ratio`
-        (None: the identity won), `fallback` (None) and `seconds`.
+        (None: the identity won), `fallback` (None) and `seconds`; and one for each module outside of the blocks, with
+        its `fallback`.
 
     Raises:
         ValueError: The family is not known, the recipe does not fit, or activations are not finite.
@@ -90,7 +93,9 @@ def awq(
             changes.tensors[full] = _round(weights[name], scheme, observer, dtype, g, gram)
         return changes
 
-    return walk(model, batches, structure.blocks, visit, False, recipe, store, progress)
+    changes = walk(model, batches, structure.blocks, visit, False, recipe, store, progress)
+    changes.add(nearest(model, outside(plan, structure.blocks), observer, dtype, OUTSIDE))
+    return changes
 
 
 @dataclass

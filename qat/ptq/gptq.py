@@ -23,7 +23,8 @@ from qat.numerics.levels import code_dtype, encode, snap
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme
-from qat.ptq.base import listening, rows, targets
+from qat.ptq.base import OUTSIDE, listening, nearest, outside, rows, targets
+from qat.surgery.convert import apply
 from qat.surgery.match import match
 from qat.surgery.walk import Block, Changes, walk
 
@@ -45,6 +46,8 @@ def gptq(
     progress: Callable[[int, int], None] | None = None,
 ) -> Changes:
     """Quantizes block by block, true-sequentially: every linear sees inputs that its quantized predecessors computed.
+
+    Embeddings, and heads that are not tied to one, lie outside of the blocks: they are rounded to nearest.
 
     Args:
         model: A causal language model of a family that `models.families` knows; left as it is.
@@ -79,7 +82,11 @@ def gptq(
                 changes.add(_quantize_stage(block, names, schemes, knobs))
         return changes
 
-    return walk(model, batches, structure.blocks, visit, True, recipe, store, progress)
+    rounded = nearest(model, outside(plan, structure.blocks), observer, dtype, OUTSIDE)
+    seen = apply(model, rounded.tensors, {})  # the first block, too, sees what is served: a quantized embedding
+    changes = walk(seen, batches, structure.blocks, visit, True, recipe, store, progress)
+    changes.add(rounded)
+    return changes
 
 
 def _quantize_stage(block: Block, names: list[str], schemes: dict[str, Scheme], knobs: dict[str, Any]) -> Changes:

@@ -5,6 +5,7 @@ from torch import nn
 
 from qat.nn.adapter import LoRA, QLoRA
 from qat.nn.fake_quantize import FakeQuantize
+from qat.nn.linear import QATLinear
 from qat.nn.lora import LowRank
 from qat.nn.qlora import QLoRALinear
 from qat.numerics.recipe import Recipe
@@ -16,8 +17,9 @@ from qat.surgery.prepare import fake_quants, prepare_unquantized
 def add_lora(student: nn.Module, adapter: LoRA) -> None:
     """Gives every quantized linear of a prepared model, in place, an adapter, and freezes the rest (LoRA-QAT).
 
-    What trains afterwards: A and B; scales and zero points, as far as the estimators learn them; norms and biases if
-    asked; embeddings if `prepare` was asked. `convert` merges: the codes are those of W + s B A.
+    An embedding has none, nor has a head that is tied to it: they share their codes. What trains afterwards: A and B;
+    scales and zero points, as far as the estimators learn them; norms and biases if asked; tables of embeddings if
+    `prepare` was asked. `convert` merges: the codes are those of W + s B A.
 
     Args:
         student: A model after `prepare`, and after `start_from` if it starts from a method.
@@ -25,8 +27,9 @@ def add_lora(student: nn.Module, adapter: LoRA) -> None:
     """
     _freeze(student, adapter.norms)
     generator = torch.Generator().manual_seed(adapter.seed)
-    for linear in fake_quants(student).values():
-        linear.adapter = _low_rank(linear, adapter, generator)
+    for linear in fake_quants(student).values():  # of an embedding and a head that is tied to it, the embedding
+        if isinstance(linear, QATLinear):
+            linear.adapter = _low_rank(linear, adapter, generator)
 
 
 def prepare_qlora(
@@ -38,8 +41,8 @@ def prepare_qlora(
 ) -> Plan:
     """Replaces, in place, every linear that the recipe quantizes by a `QLoRALinear`, and freezes the rest.
 
-    The recipe says which linears; their schemes, those of inputs and of keys and values are for whatever quantizes the
-    merged weights. Unquantized tensors that train enter the forward rounded to the storage dtype, as in `prepare`.
+    The recipe says which linears; their schemes, those of embeddings, inputs, keys and values are for whatever
+    quantizes the merged weights. What trains unquantized enters the forward rounded to the storage dtype.
 
     Returns:
         The recipe on this model.
@@ -53,7 +56,8 @@ def prepare_qlora(
     generator = torch.Generator().manual_seed(adapter.seed)
     for name in plan.quantized:
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+        if not isinstance(linear, nn.Linear):
+            continue
         thin = _low_rank(linear, adapter, generator)
         try:
             replaced = QLoRALinear(linear, thin, adapter.group_size, adapter.dropout, storage)

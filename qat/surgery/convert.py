@@ -23,7 +23,7 @@ Folded = dict[str, Tensor]
 
 @torch.no_grad()
 def convert(model: nn.Module) -> tuple[Tensors, Folded]:
-    """Codes, scales and zero points of every quantized linear, and every unquantized tensor that training changed.
+    """Codes, scales and zero points of every quantized weight, and every unquantized tensor that training changed.
 
     Args:
         model: A prepared model; it is left as it is.

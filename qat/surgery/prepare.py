@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from qat.models.families import STRUCTURES
+from qat.nn.embedding import QATEmbedding
 from qat.nn.estimators import SEQ, Clipped, Estimator, LSQPlus
 from qat.nn.fake_quantize import FakeQuantize, Phase
 from qat.nn.kv import quantize_kv
@@ -55,10 +56,12 @@ def prepare(
 ) -> Plan:
     """Replaces, in place, every linear that the recipe quantizes by a `QATLinear` and takes its scales from its weight.
 
-    What stays unquantized and trains (norms, biases, unquantized linears) enters the forward through a straight-through
-    rounding to the storage dtype, since that is what will be served. Embeddings, and a head tied to them, are frozen
-    unless `train_embeddings`. Static ranges of inputs are not known yet: `surgery.calibrate` follows. Keys and values
-    are fake-quantized if the recipe has a `kv`, in every phase: they have no range to observe and no scale to learn.
+    Likewise every embedding by a `QATEmbedding`; a head tied to it has the same table and the same `FakeQuantize`, and
+    its codes are trained by both uses. What stays unquantized and trains (norms, biases, unquantized linears) enters
+    the forward through a straight-through rounding to the storage dtype, since that is what will be served. The tables
+    of embeddings, and a head tied to them, are frozen unless `train_embeddings`; the scales of quantized ones train as
+    all others do. Static ranges of inputs are not known yet: `surgery.calibrate` follows. Keys and values are
+    fake-quantized if the recipe has a `kv`, in every phase: they have no range to observe and no scale to learn.
 
     Args:
         model: A model with fp32 parameters.
@@ -66,7 +69,7 @@ def prepare(
         observer: Finds the ranges of weights.
         estimator: The gradient of rounding weights.
         storage: Storage dtype of the export.
-        train_embeddings: Whether embeddings train.
+        train_embeddings: Whether the tables of embeddings train.
         input_observer: Finds the static ranges of inputs; None: their extremes. Dynamic ranges are always min-max.
         input_estimator: The gradient of rounding inputs on a static range; None: clipped straight-through, which
             dynamic ranges always have (their scale is not differentiated: LLM-QAT, arXiv:2305.17888).
@@ -91,17 +94,26 @@ def prepare(
     if recipe.kv is not None:
         assert isinstance(model, PreTrainedModel), "keys and values are what transformers' attention calls so"
         quantize_kv(model, recipe.kv)
+    weights: dict[str, FakeQuantize] = {}
     for row in plan.rows:
-        if row.weight is None:
+        module = model.get_submodule(row.name)
+        if row.weight is not None:
+            device = model.get_parameter(f"{row.name}.weight").device
+            weight = FakeQuantize(row.weight, row.shape, observer, estimator, storage, row.name, device)
+            weights[row.name] = weight
+        elif row.shares is not None:
+            weight = weights[row.shares]
+        else:
             continue
-        linear = model.get_submodule(row.name)
-        assert isinstance(linear, nn.Linear)
-        device = linear.weight.device
-        weight = FakeQuantize(row.weight, row.shape, observer, estimator, storage, row.name, device)
+        if isinstance(module, nn.Embedding):
+            model.set_submodule(row.name, QATEmbedding.from_float(module, weight))
+            continue
+        assert isinstance(module, nn.Linear)
         input = None
         if row.input is not None:
+            device = module.weight.device
             input = input_fake_quant(row.name, row.input, input_observer, input_estimator, storage, device)
-        model.set_submodule(row.name, QATLinear.from_float(linear, weight, input))
+        model.set_submodule(row.name, QATLinear.from_float(module, weight, input))
     observe(model)
     learns = estimator.learns_scale or input_estimator.learns_scale
     set_phase(model, Phase.LEARN if learns else Phase.FROZEN)
@@ -173,14 +185,20 @@ def families(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple
     return alone
 
 
-def fake_quants(model: nn.Module) -> dict[str, QATLinear]:
-    """The quantized linears of a prepared model, by module name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QATLinear)}
+def fake_quants(model: nn.Module) -> dict[str, QATLinear | QATEmbedding]:
+    """The quantized linears and embeddings of a prepared model, by module name; of a tied pair the embedding alone."""
+    found: dict[str, QATLinear | QATEmbedding] = {}
+    seen: set[FakeQuantize] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, QATLinear | QATEmbedding) and module.weight_fake_quant not in seen:
+            seen.add(module.weight_fake_quant)
+            found[name] = module
+    return found
 
 
 @torch.no_grad()
 def observe(model: nn.Module) -> None:
-    """Takes the scales of every quantized linear from its weight as it now is; what was learned before is forgotten.
+    """Takes the scales of every quantized weight from it as it now is; what was learned before is forgotten.
 
     Raises:
         ValueError: A weight is not finite; names the module.
@@ -217,6 +235,6 @@ def _round_unquantized(model: nn.Module, storage: torch.dtype) -> None:
         if isinstance(module, FakeQuantize | LowRank):
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):
-            quantized = isinstance(module, QATLinear) and key == "weight"
+            quantized = isinstance(module, QATLinear | QATEmbedding) and key == "weight"
             if parameter.requires_grad and not quantized and "parametrizations" not in name:
                 parametrize.register_parametrization(module, key, Stored(storage), unsafe=True)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qat.models.families import structure_of
+from qat.nn.embedding import QATEmbedding
 from qat.nn.estimators import Estimator
 from qat.nn.linear import QATLinear
 from qat.nn.observers.base import Observer
@@ -212,7 +213,7 @@ def _descend(block: Block, student: nn.Module, scale: float, how: BlockTraining)
 
 
 @torch.no_grad()
-def _box(boxes: dict[QATLinear, Tensor]) -> None:
+def _box(boxes: dict[QATLinear | QATEmbedding, Tensor]) -> None:
     """Brings every weight back to within half a step, of its scale as it now is, of where it was."""
     for linear, centre in boxes.items():
         scale, _ = linear.weight_fake_quant.qparams()

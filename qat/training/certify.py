@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from qat.kernels.fake_quant import watch
+from qat.nn.embedding import QATEmbedding
+from qat.nn.linear import QATLinear
 from qat.surgery.convert import Folded, Tensors, convert
 from qat.surgery.prepare import fake_quants
 from qat.training.module import QATModule
@@ -14,7 +16,9 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
     """Converts, and holds the codes to what the training graph computes, bit for bit.
 
     The graph runs the prompts once more as in training: training mode, the same autocast, compiled if it was. Every
-    fake-quantized weight that passes is compared, in the dtype in which it passes, with the dequantized codes.
+    fake-quantized weight that passes is compared, in the dtype in which it passes, with the dequantized codes; of an
+    embedding, the rows that are looked up. An embedding and the head that is tied to it are two modules with one name
+    for their codes: each has to pass.
 
     Args:
         module: After its last optimizer step.
@@ -33,17 +37,20 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
     module.as_served()
     tensors, folded = convert(student)
     names = {linear.weight_fake_quant.scale.data_ptr(): name for name, linear in linears.items()}
-    seen: dict[str, torch.dtype] = {}
+    modules = (m for m in student.modules() if isinstance(m, QATLinear | QATEmbedding))
+    uses = {(names[m.weight_fake_quant.scale.data_ptr()], isinstance(m, QATEmbedding)) for m in modules}
+    seen: dict[tuple[str, bool], torch.dtype] = {}  # (name, whether it is a lookup)
 
-    def compare(scale: Tensor, result: Tensor) -> None:
+    def compare(scale: Tensor, result: Tensor, rows: Tensor | None) -> None:
         name = names.get(scale.data_ptr())
         if name is None:
             return  # an activation
         expected = tensors[name].dequantize(result.dtype)
+        expected = expected if rows is None else expected[rows]
         assert torch.equal(_bits(result), _bits(expected)), (
             f"{name}: training computed with other weights than its codes"
         )
-        seen[name] = result.dtype
+        seen[name, rows is not None] = result.dtype
 
     student.train()
     device = linears[next(iter(linears))].weight.device
@@ -51,9 +58,12 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
     with watch(compare), autocast:
         for prompt in prompts:
             module.forward_student(prompt.to(device))
-    assert set(seen) == set(tensors), f"{sorted(set(tensors) - set(seen))[:1]}: training does not compute with it"
+    assert {name for name, _ in uses} == set(tensors), "a quantized tensor belongs to no module"
+    if lost := sorted(uses - set(seen)):
+        name, lookup = lost[0]
+        raise AssertionError(f"{name}: training does not {'look anything up in' if lookup else 'compute with'} it")
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in seen.values()})
-    return tensors, folded, {"modules": len(tensors), "equal": len(seen), "dtype": ", ".join(dtypes)}
+    return tensors, folded, {"modules": len(uses), "equal": len(seen), "dtype": ", ".join(dtypes)}
 
 
 def _bits(x: Tensor) -> Tensor:

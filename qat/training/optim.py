@@ -25,7 +25,8 @@ class Optim:
         weight_decay: Of weight matrices; never of norms, biases or scales.
         warmup: Fraction of the steps.
         final: The cosine ends at this fraction of the peak.
-        train_embeddings: Whether embeddings, and a head tied to them, train.
+        train_embeddings: Whether the tables of embeddings, and heads tied to them, train; scales of quantized ones do
+            in any case.
         train: `all`; or `scales`: codes, norms and all else stay as they are (E2E-QP of arXiv:2407.11062).
 
     Raises:

@@ -5,7 +5,7 @@ import pytest
 from qat.cli import files
 from qat.cli.files import check_files
 from qat.cli.model_file import ModelFacts
-from qat.numerics.granularity import PerChannel, PerGroup
+from qat.numerics.granularity import PerChannel, PerGroup, PerToken
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
@@ -58,6 +58,30 @@ def test_groups_of_a_base_are_held_to_the_linears_that_it_replaces(model):
 def test_a_recipe_that_matches_nothing_is_refused(model):
     (text,) = said(model, recipe("q_proj", PerChannel()))
     assert text.startswith("recipe.rules: no rule with a weight scheme matches a linear of the model, such as model.")
+
+
+@pytest.fixture
+def with_embedding(monkeypatch):
+    monkeypatch.setattr(files, "facts", lambda path: ModelFacts(128, LINEARS, {"model.embed_tokens": (100, 48)}))
+    return {"model": {"name": "x", "path": "somewhere"}}
+
+
+def test_an_embedding_alone_is_something_to_quantize(with_embedding):
+    assert said(with_embedding, recipe(".*embed_tokens", PerChannel())) == []
+    (text,) = said(with_embedding, recipe(".*embed_tokens", PerGroup(32)))
+    assert "model.embed_tokens: group_size=32 does not divide 48 in-features" in text
+
+
+def test_what_an_embedding_cannot_have_is_said_before_anything_is_loaded(with_embedding):
+    token = Scheme(IntGrid(8), PerToken(), dynamic=True)
+    rules = Recipe({"a": Rule(".*", Scheme(IntGrid(4), PerChannel()), token)})
+    (text,) = said(with_embedding, rules)
+    assert text == "recipe.rules.a.input: model.embed_tokens is an embedding: its input is token ids; use null"
+    packed = with_embedding | {"format": {"name": "compressed_tensors"}}
+    (text,) = said(packed, recipe(".*", PerChannel()))
+    assert text.startswith("recipe.rules.a.match: model.embed_tokens is an embedding, which format=compressed_tensors")
+    assert text.endswith("use format=none, or add a later rule for it with weight=null")
+    assert said(packed, recipe(".*_proj", PerChannel())) == []
 
 
 def test_a_budget_is_held_to_the_models_linears(model):

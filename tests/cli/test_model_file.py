@@ -57,6 +57,7 @@ def test_gguf_header(small_gguf):
         "model.layers.0.mlp.down_proj": (48, 96),
         "lm_head": (100, 48),
     }
+    assert facts.embeddings == {"model.embed_tokens": (100, 48)}
 
 
 @pytest.mark.parametrize("size", [3, 10, 30, 200])
@@ -71,6 +72,7 @@ def test_directory_with_safetensors(tmp_path):
     facts = read_model(directory(tmp_path, LLAMA, tensors))
     assert facts.context == 128
     assert facts.linears == {"h.0.attn": (32, 64)}
+    assert facts.embeddings == {"model.embed_tokens": (9, 64)}
 
 
 def test_shapes_from_a_config_are_those_of_the_model(tmp_path):
@@ -78,8 +80,9 @@ def test_shapes_from_a_config_are_those_of_the_model(tmp_path):
 
     model = LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=32, num_hidden_layers=1))
     real = {n: tuple(p.shape) for n, p in model.named_parameters() if n.endswith("_proj.weight")}
-    facts = read_model(directory(tmp_path, LLAMA, weights="pytorch_model.bin"))
+    facts = read_model(directory(tmp_path, LLAMA | {"vocab_size": 32}, weights="pytorch_model.bin"))
     assert {f"{name}.weight": shape for name, shape in facts.linears.items()} == real
+    assert facts.embeddings == {"model.embed_tokens": (32, 64)}
 
 
 def test_an_unknown_family_without_headers_gives_no_shapes(tmp_path):

@@ -24,6 +24,20 @@ def test_it_trains_what_the_whole_comparison_trains(trained, finished):
     assert mine["windows"] == whole["windows"]
 
 
+def test_a_tied_pair_in_eight_bits(finish):
+    """Certified, judged and counted once; a hidden size of 64 stores 16 bits of scale for 64 codes of a row."""
+    run = finish("train", "recipe=w4a16_g64_embed8", "format=none")
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["export"]["captured"] == {"modules": 9, "equal": 9, "dtype": "float32"}
+    table, linears = 256 * 64, 64 * (64 + 32 + 32 + 64 + 3 * 128)
+    bits = table * (8 + 16 / 64) + linears * (4 + 16 / 32)
+    assert summary["arms"]["qat"]["bits_per_quantized_weight"] == pytest.approx(bits / (table + linears))
+    norms = 3 * 64
+    whole = (bits + 16 * norms) / (table + linears + norms)
+    assert summary["arms"]["qat"]["bits_per_weight"] == pytest.approx(whole)
+    assert "tied to model.embed_tokens, shares its codes" in run.out
+
+
 def test_cross_entropy_alone_needs_no_teacher_and_recovers_against_no_distilled_reference(finish):
     run = finish("train", "loss=ce", "trainer.max_steps=1")
     summary = json.loads((run.path / "summary.json").read_text())

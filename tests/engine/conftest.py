@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from qat.formats import compressed_tensors
+from qat.formats.base import linear_names, write_directory
 from qat.numerics.affine import rtn
 from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.grid import IntGrid
@@ -53,6 +54,10 @@ SCHEMES = {
     "w4_g32": Scheme(IntGrid(4), PerGroup(32)),
     "w3_g32": Scheme(IntGrid(3), PerGroup(32)),
     "w8_channel_asym": Scheme(IntGrid(8), PerChannel(), symmetric=False),
+}
+EMBEDDED = {  # of linears, of the embedding
+    "w4_embed8": (SCHEMES["w4_g32"], Scheme(IntGrid(8), PerChannel())),
+    "w3_embed4_asym": (SCHEMES["w3_g32"], Scheme(IntGrid(4), PerGroup(32), symmetric=False)),
 }
 PROMPTS = [[7, 3, 200, 45, 9], [11], list(range(40, 77)), [250, 1, 1, 2, 90, 33, 8, 64, 128, 255, 0, 17]]
 NEW = 32
@@ -107,6 +112,16 @@ def quantize(model: PreTrainedModel, scheme: Scheme) -> tuple[dict[str, Quantize
     return tensors, Recipe({"all": Rule(r"model\.layers\..*proj", scheme)})
 
 
+def add_embedding(path: Path, model: PreTrainedModel, tensors: dict[str, QuantizedTensor], scheme: Scheme) -> None:
+    """Writes a checkpoint with a packed embedding as other tools do; `save` refuses it, since transformers fails."""
+    weight = model.get_input_embeddings().weight.detach()
+    codes, scale, zero_point = rtn(weight, scheme, torch.bfloat16)
+    tensors["model.embed_tokens"] = QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape))
+    config = compressed_tensors.quantization_config(tensors, linear_names(model))
+    state = compressed_tensors.state(model, tensors, {}, torch.bfloat16)
+    write_directory(path, model, byte_tokenizer(), state, config, torch.bfloat16)
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
     """`saved(family)` or `saved(family, scheme)`: the checkpoint, made once."""
@@ -120,8 +135,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
                 model.save_pretrained(path)
                 byte_tokenizer().save_pretrained(path)
             else:
-                tensors, recipe = quantize(model, SCHEMES[scheme])
-                compressed_tensors.save(path, model, recipe, tensors, {}, byte_tokenizer())
+                linears, table = EMBEDDED.get(scheme) or (SCHEMES[scheme], None)
+                tensors, recipe = quantize(model, linears)
+                if table is None:
+                    compressed_tensors.save(path, model, recipe, tensors, {}, byte_tokenizer())
+                else:
+                    add_embedding(path, model, tensors, table)
                 for name, tensor in tensors.items():
                     model.get_submodule(name).weight.data = tensor.dequantize(torch.float32)
             made[family, scheme] = Saved(path, model)

@@ -67,6 +67,23 @@ def test_greedy_of_packed_checkpoints(saved: Callable, family: str, scheme: str)
     assert llm.loaded.weight_bytes <= 1.1 * llm.loaded.file_bytes
 
 
+@pytest.mark.parametrize("scheme", ["w4_embed8", "w3_embed4_asym"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_greedy_and_logits_with_a_packed_embedding(saved: Callable, family: str, scheme: str) -> None:
+    """Tied (Llama, Qwen3), where the head multiplies by the same words, and untied."""
+    checkpoint = saved(family, scheme)
+    llm = check_greedy(checkpoint, SHAPES[3])
+    logits = checkpoint.logits(PROMPTS[2])
+    scores = llm.score([PROMPTS[2]])[0]
+    assert float((scores - logits).abs().max()) <= 1e-4 * float(logits.abs().max())
+    fast = LLM(checkpoint.path, EngineConfig(device="cpu", block_size=4))
+    scores = fast.score([PROMPTS[2]])[0]
+    assert float((scores - logits).norm() / logits.norm()) < 0.05
+    for each in (llm, fast):
+        assert each.loaded.weight_bytes <= 1.1 * each.loaded.file_bytes
+        assert (each.loaded.model.head is each.loaded.model.embedding.linear) is (family != "qwen2")
+
+
 @pytest.mark.parametrize(
     ("family", "scheme"), [*itertools.product(FAMILIES, [None]), *itertools.product(["mistral"], SCHEMES)]
 )

@@ -221,12 +221,29 @@ def test_packed_weights_stay_packed(saved: Callable, scheme: str, kernel: str) -
     loaded: Loaded = load(saved("llama", scheme).path, EngineConfig(device="cpu", kernel=kernel))
     assert loaded.weight_bytes == bytes_of(loaded.model)
     assert loaded.weight_bytes <= 1.1 * loaded.file_bytes
-    assert loaded.model.head.weight is loaded.model.embedding  # tied: once
-    assert loaded.model.embedding.dtype == torch.bfloat16
+    assert loaded.model.head.weight is loaded.model.embedding.weight  # tied: once
+    assert loaded.model.embedding.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_a_packed_table_is_in_memory_once_and_never_in_floating_point(saved: Callable, kernel: str) -> None:
+    checkpoint = saved("llama", "w4_embed8")
+    loaded: Loaded = load(checkpoint.path, EngineConfig(device="cpu", kernel=kernel))
+    assert loaded.weight_bytes == bytes_of(loaded.model) <= 1.1 * loaded.file_bytes
+    assert loaded.model.head is loaded.model.embedding.linear
+    table = loaded.model.embedding.linear.weight
+    assert table.nbytes == 256 * 64 + 256 * 2
+    assert all(parameter.dim() == 1 for parameter in loaded.model.parameters())
+
+
+def test_a_plain_head_beside_a_packed_embedding_that_it_is_tied_to(copied: Callable) -> None:
+    path = copied("llama", "w4_embed8")
+    edit_tensors(path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(256, 64).bfloat16()}))
+    refused(path, "lm_head.weight has no place")
 
 
 def test_plain_weights_keep_their_storage_dtype(saved: Callable, copied: Callable) -> None:
-    assert load(saved("llama").path, REFERENCE).model.embedding.dtype == torch.float32
+    assert load(saved("llama").path, REFERENCE).model.embedding.weight.dtype == torch.float32
     path = copied("qwen2")
     edit_tensors(path, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items()}))
     model = load(path, REFERENCE).model

@@ -13,6 +13,7 @@ from qat.engine.layers import Concatenated, Linear
 from qat.engine.weights import Weights
 from qat.formats import compressed_tensors
 from qat.formats.base import load_plain
+from qat.nn.packed_embedding import PackedEmbedding
 from qat.nn.packed_linear import PackedLinear
 from qat.numerics.affine import rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
@@ -92,14 +93,28 @@ def test_faster_layouts_stay_within_what_is_spare(saved: Callable, monkeypatch: 
     assert all(b == (a - 1000 if a >= 1000 else a) for a, b in pairwise(offered))
 
 
-def test_a_quantized_embedding_is_refused(saved: Callable, tmp_path: Path) -> None:
-    model = copy.deepcopy(saved("qwen2").model)
-    weight = model.get_input_embeddings().weight.data
-    tensors = {"model.embed_tokens": QuantizedTensor(*rtn(weight, W4, torch.bfloat16), W4, (256, 64))}
-    recipe = Recipe({"all": Rule("model.embed_tokens", W4)})
-    compressed_tensors.save(tmp_path / "packed", model, recipe, tensors, {}, None)
-    with pytest.raises(ValueError, match=r"model\.safetensors: model\.embed_tokens is quantized"):
-        opened(tmp_path / "packed").embedding("model.embed_tokens", 256, 64)
+def test_what_is_served_plain_only_is_refused_quantized(saved: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "packed"
+    path.symlink_to(saved("qwen2", "w4_g32").path)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {NAME}\.q_proj is quantized; it is served plain only"):
+        opened(path).vector(f"{NAME}.q_proj.weight", 64)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("llama", True)])
+def test_a_packed_embedding_is_its_tied_heads_linear(saved: Callable, tmp_path: Path, family: str, tied: bool) -> None:
+    checkpoint = saved(family, "w4_embed8")
+    (tmp_path / "packed").symlink_to(checkpoint.path)
+    for reference in (True, False):
+        weights = opened(tmp_path / "packed", reference)
+        embedding = weights.embedding("model.embed_tokens", 256, 64)
+        head = weights.head(embedding)
+        assert isinstance(embedding, PackedEmbedding)
+        assert (head is embedding.linear) is tied
+        ids = torch.tensor([255, 0, 7, 7])
+        expected = checkpoint.model.get_input_embeddings().weight[ids]
+        assert torch.equal(embedding(ids, torch.float32), expected)
+    with pytest.raises(ValueError, match=r"tensor model\.embed_tokens is .*; config\.json asks for"):
+        opened(tmp_path / "packed").embedding("model.embed_tokens", 255, 64)
 
 
 def test_a_quantized_head_is_served(saved: Callable, tmp_path: Path) -> None:

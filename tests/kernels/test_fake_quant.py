@@ -126,8 +126,26 @@ def test_the_operator_is_well_formed():
     s = scheme(4, 32)
     x = torch.randn(8, 64)
     _, scale, _ = rtn(x, s, torch.bfloat16)
-    arguments = (x, scale, torch.zeros(8, 2), None, None, None, "int4", torch.tensor(0.5), torch.bfloat16)
-    torch.library.opcheck(_fake_quantize, arguments, test_utils=("test_schema", "test_faketensor"))
+    for rows in (None, torch.tensor([7, 0, 7])):
+        arguments = (x, scale, torch.zeros(8, 2), None, None, None, "int4", torch.tensor(0.5), torch.bfloat16, rows)
+        torch.library.opcheck(_fake_quantize, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_rows_are_those_of_the_whole_on_every_grid(dtype):
+    x, rows = torch.randn(9, 32), torch.tensor([8, 0, 3, 3])
+    asymmetric = {f"asym_{g}": Scheme(IntGrid(4), g, symmetric=False) for g in (PerTensor(), PerGroup(16))}
+    for name, s in {**OTHERS, **asymmetric}.items():
+        if s.dynamic:
+            continue
+        g = divisor((x,), s)
+        _, scale, zero = rtn(x, s, torch.bfloat16, g)
+        learned = {"log_step": torch.randn(scale.shape) * 0.1, "zero_point": zero, "global_scale": g}
+        learned["zero_step"] = None if zero is None else torch.randn(scale.shape)
+        whole, s_whole = fake_quantize(x, scale, s.grid, dtype, **learned)
+        found, s_found = fake_quantize(x, scale, s.grid, dtype, **learned, rows=rows)
+        assert torch.equal(bits(found), bits(whole[rows])), name
+        assert torch.equal(s_found, s_whole if scale.dim() == 1 else s_whole[rows]), name
 
 
 def test_a_watcher_sees_eager_and_compiled_calls():
@@ -141,12 +159,15 @@ def test_a_watcher_sees_eager_and_compiled_calls():
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     compiled(x)  # compiled before anybody watches
-    with watch(lambda scale, result: seen.append((scale.data_ptr(), result.clone()))):
+    with watch(lambda scale, result, rows: seen.append((scale.data_ptr(), result.clone()))):
         eager = call(x)
         compiled(x)
     call(x)
     assert [p for p, _ in seen] == [scale.data_ptr()] * 2
     assert all(torch.equal(result, eager) for _, result in seen)
+    with watch(lambda scale, result, rows: seen.append((scale.data_ptr(), rows.tolist()))):
+        fake_quantize(x, scale, s.grid, torch.float32, rows=torch.tensor([2, 5]))
+    assert seen[-1] == (scale.data_ptr(), [2, 5])
     with pytest.raises(AssertionError, match="one at a time"), watch(print), watch(print):
         pass
 
@@ -170,6 +191,9 @@ def test_a_gpu_rounds_as_a_cpu_does_eager_and_compiled(dtype):
         expected = op(x, scale, zero, s.grid, dtype, g=g)
         parts = [None if t is None else t.cuda() for t in (x, scale, zero, g)]
         assert torch.equal(bits(op(*parts[:3], s.grid, dtype, g=parts[3])).cpu(), bits(expected)), name
+        some, _ = fake_quantize(parts[0], parts[1], s.grid, dtype, zero_point=parts[2], global_scale=parts[3],
+                                rows=torch.tensor([5, 0, 5]).cuda())  # fmt: skip
+        assert torch.equal(bits(some).cpu(), bits(expected[[5, 0, 5]])), f"{name}, some rows"
         torch._dynamo.reset()
         compiled = torch.compile(lambda *p, s=s: op(*p[:3], s.grid, dtype, g=p[3]))
         assert torch.equal(bits(compiled(*parts)).cpu(), bits(expected)), f"{name}, compiled"

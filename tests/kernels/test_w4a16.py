@@ -39,6 +39,8 @@ def test_reference_is_linear_by_the_dequantized_tensor(bits: int, granularity: G
     assert weight.scale.dtype == torch.bfloat16
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(weight.rows(0, 37, dtype), tensor.dequantize(dtype))
+        ids = torch.tensor([36, 0, 5, 5])
+        assert torch.equal(weight.lookup(ids, dtype), tensor.dequantize(dtype)[ids])
     x, bias = tokens(5, 96), tokens(37)
     assert torch.equal(linear_reference(x, weight), F.linear(x, tensor.dequantize(torch.float32)))
     torch.testing.assert_close(linear_reference(x, weight, bias), F.linear(x, tensor.dequantize(torch.float32), bias))

@@ -5,6 +5,7 @@ import torch
 from tiny import scheme
 from tiny_grids import OTHERS
 
+from qat.nn.embedding import QATEmbedding
 from qat.nn.estimators import LSQ, Clipped, Rounded, StraightThrough
 from qat.nn.fake_quantize import FakeQuantize
 from qat.nn.frozen_codes import Follow, FrozenCodes, freeze_codes
@@ -44,6 +45,30 @@ def test_weights_get_nothing():
     assert not dx.any()
     assert torch.equal(ds, u.round() * grad)
     assert dz is None
+
+
+def test_an_embedding_trains_its_scales_and_a_tied_pair_is_held_once():
+    table = torch.nn.Embedding(16, 64)
+    quant = FakeQuantize(scheme(3), (16, 64), MinMax(), LSQ(), torch.bfloat16, "e")
+    quant.observe(table.weight)
+    pair = torch.nn.ModuleDict({"embed": QATEmbedding.from_float(table, quant)})
+    head = torch.nn.Linear(64, 16, bias=False)
+    head.weight = table.weight
+    for tied in (False, True):
+        if tied:
+            pair["head"] = QATLinear.from_float(head, quant)
+        freeze_codes(pair)
+        follow = Follow(pair)
+        assert len(follow._codes) == 1
+        codes = quant.codes(table.weight)
+        pair["embed"](torch.tensor([3, 5])).sum().backward()
+        assert table.weight.grad is None
+        assert quant.log_step.grad[3].all()
+        with torch.no_grad():
+            quant.log_step.add_(0.3)
+        follow()
+        assert torch.equal(quant.codes(table.weight), codes)
+        quant.log_step.grad = None
 
 
 def test_powers_of_two_are_not_learned():

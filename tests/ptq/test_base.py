@@ -1,12 +1,18 @@
 import pytest
 import torch
-from tiny import recipe, scheme, tiny
+from tiny import embedded, recipe, scheme, tiny
 
+from qat.nn.observers.minmax import MinMax
+from qat.nn.observers.mse import MSE
 from qat.numerics.granularity import PerToken
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
+from qat.ptq.awq import awq
 from qat.ptq.base import listening, rows, targets
+from qat.ptq.gptq import gptq
+from qat.ptq.rtn import rtn
+from qat.surgery.convert import apply
 from qat.surgery.match import match
 from qat.surgery.walk import Block
 
@@ -43,6 +49,37 @@ def test_an_input_scheme_does_not_touch_the_weights():
     inputs = Scheme(IntGrid(8), PerToken(), dynamic=True)
     plan = match(model, Recipe({"linears": Rule(".*up_proj", scheme(), inputs)}))
     assert targets(block(model, 0), plan) == {"mlp.up_proj": scheme()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_what_lies_outside_of_the_blocks_is_rounded_on_the_methods_observer_and_reported(method, tied):
+    """It was left alone without a word: a recipe means all of its modules, whatever a method can do for them."""
+    model = tiny(layers=1, tied=tied)
+    rules = Recipe(embedded().rules | ({} if tied else {"head": Rule("lm_head", scheme(3))}))
+    knobs = {"grid": 2} if method == "awq" else {}
+    call = {"gptq": gptq, "awq": awq}[method]
+    changes = call(model, rules, [torch.randint(0, 256, (2, 24))], observer=MSE(6), **knobs)
+    plain = rtn(model, rules, [], observer=MSE(6))
+    assert changes.tensors.keys() == plain.tensors.keys()
+    names = ["model.embed_tokens"] + ([] if tied else ["lm_head"])
+    for name in names:
+        assert torch.equal(changes.tensors[name].codes, plain.tensors[name].codes)
+        assert torch.equal(changes.tensors[name].scale, plain.tensors[name].scale)
+        (row,) = [row for row in changes.layers if row["name"] == name]
+        assert "outside of the decoder blocks" in row["fallback"]
+    assert [row["name"] for row in changes.layers if row.get("fallback")] == names
+    assert not any(row.get("fallback") for row in plain.layers)  # rounding is what that method does
+
+
+def test_gptq_sees_the_quantized_embedding_from_the_first_block_on():
+    model, batches = tiny(layers=1), [torch.randint(0, 256, (2, 24))]
+    rules = embedded(scheme(2))
+    table = rtn(model, rules, [], observer=MinMax()).tensors["model.embed_tokens"]
+    other = apply(model, {"model.embed_tokens": table}, {})
+    expected = gptq(other, recipe(), batches, observer=MinMax()).tensors
+    found = gptq(model, rules, batches, observer=MinMax()).tensors
+    assert all(torch.equal(found[name].codes, tensor.codes) for name, tensor in expected.items())
 
 
 def test_listening_sees_every_call_while_it_is_open_and_none_after():

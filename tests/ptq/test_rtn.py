@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import recipe, tiny
+from tiny import embedded, recipe, tiny
 
 from qat.nn.observers.minmax import MinMax
 from qat.nn.observers.mse import MSE
@@ -73,6 +73,15 @@ def test_modules_that_the_recipe_leaves_alone_are_left_alone(model):
     found = rtn(model, rules, [], observer=MinMax()).tensors
     assert len(found) == 7
     assert all(name.startswith("model.layers.1.") for name in found)
+
+
+def test_an_embedding_is_rounded_under_its_own_name(model):
+    tensors = rtn(model, embedded(), [], observer=MinMax()).tensors
+    assert len(tensors) == 15
+    tensor = tensors["model.embed_tokens"]
+    codes, scale, _ = algebra(model.lm_head.weight, tensor.scheme, torch.bfloat16)
+    assert torch.equal(tensor.codes, codes)
+    assert torch.equal(tensor.scale, scale)
 
 
 def test_the_model_is_left_as_it_is(model):

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import recipe, tiny
+from tiny import embedded, recipe, tiny
+from torch import nn
 from torch.nn.utils import parametrize
 
 from qat.kernels.fake_quant import watch
@@ -84,7 +85,10 @@ def test_after_some_steps_the_merged_codes_are_those_of_training(estimator, auto
     symmetric = not isinstance(estimator, EfficientQAT)
     student = steps(lora(estimator=estimator, symmetric=symmetric), autocast=autocast)
     seen = []
-    with watch(lambda scale, result: seen.append(result)), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with (
+        watch(lambda scale, result, rows: seen.append(result)),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         student(input_ids=IDS)
     with torch.autocast("cpu", torch.bfloat16, enabled=not autocast):  # where it is converted makes no difference
         tensors, folded = convert(student)
@@ -221,6 +225,29 @@ def test_divergence_is_named():
 def test_groups_of_the_base_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"q_proj: adapter.group_size=48: group_size=48 does not divide 64"):
         qlora(QLoRA(group_size=48))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_pair_has_no_adapter_and_keeps_one_set_of_codes(tied):
+    student, rules = tiny(tied=tied), embedded().rules
+    head = Rule("lm_head", rules["embeddings"].weight)
+    prepare(student, Recipe(rules | {"head": head}), MinMax(), LSQ())
+    add_lora(student, LORA)
+    names = trained(steps(student.train()))
+    assert ("lm_head.adapter.A" in names) is not tied
+    assert "model.embed_tokens.weight_fake_quant.log_step" in names
+    assert not [name for name in names if name.startswith("model.embed_tokens.") and "fake_quant" not in name]
+    served = apply(tiny(tied=tied), *convert(student))
+    assert torch.equal(served(input_ids=IDS).logits, student.eval()(input_ids=IDS).logits)
+
+
+def test_embeddings_of_the_recipe_are_left_to_what_quantizes_the_merged_model():
+    student = tiny()
+    prepare_qlora(student, embedded(), QLORA)
+    assert type(student.get_input_embeddings()) is nn.Embedding
+    assert type(student.lm_head) is nn.Linear
+    changes = rtn(apply(tiny(), {}, merge(student)), embedded(), [], observer=MinMax())
+    assert "model.embed_tokens" in changes.tensors
 
 
 def test_only_what_the_recipe_names_is_adapted():

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tiny import recipe, tiny
+from tiny import embedded, recipe, scheme, tiny
 
 from qat.nn.estimators import LSQ
 from qat.nn.observers.mse import MSE
@@ -12,10 +12,10 @@ from qat.surgery.prepare import fake_quants, prepare
 IDS = torch.arange(24).view(2, 12)
 
 
-def trained(symmetric=True, tied=True, embeddings=False):
+def trained(symmetric=True, tied=True, embeddings=False, rules=None):
     """A prepared model whose every trainable parameter has moved."""
     student = tiny(tied=tied)
-    prepare(student, recipe(3, symmetric=symmetric), MSE(6), LSQ(), train_embeddings=embeddings)
+    prepare(student, rules or recipe(3, symmetric=symmetric), MSE(6), LSQ(), train_embeddings=embeddings)
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
@@ -44,6 +44,22 @@ def test_the_served_graph_is_the_trained_graph(symmetric, tied, embeddings):
     served = apply(model, tensors, folded)
     assert torch.equal(served(input_ids=IDS).logits, student(input_ids=IDS).logits)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("weight", [None, scheme(4, 32, False)])
+@pytest.mark.parametrize(("tied", "embeddings"), [(True, False), (True, True), (False, False), (False, True)])
+def test_the_served_graph_is_the_trained_graph_with_a_quantized_embedding(weight, tied, embeddings):
+    """One table under the embedding's name; where both use it, both have its values."""
+    student = trained(tied=tied, embeddings=embeddings, rules=embedded(weight))
+    tensors, folded = convert(student)
+    assert ("lm_head" in tensors, len(tensors)) == (False, 15)
+    assert not [name for name in folded if "embed" in name or ("head" in name and tied)]
+    table = tensors["model.embed_tokens"].dequantize(torch.float32)
+    assert torch.equal(student.model.embed_tokens(IDS), table[IDS])
+    served = apply(tiny(tied=tied), tensors, folded)
+    assert torch.equal(served.model.embed_tokens.weight, table)
+    assert (served.lm_head.weight is served.model.embed_tokens.weight) is tied
+    assert torch.equal(served(input_ids=IDS).logits, student(input_ids=IDS).logits)
 
 
 def test_an_applied_copy_shares_what_did_not_change():

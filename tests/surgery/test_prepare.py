@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
-from tiny import recipe, scheme, tiny
+from tiny import embedded, recipe, scheme, tiny
 from torch.nn.utils import parametrize
 
+from qat.nn.embedding import QATEmbedding
 from qat.nn.estimators import LSQ, SEQ, LSQPlus, StraightThrough
 from qat.nn.fake_quantize import Phase
 from qat.nn.kv import quantize_kv
@@ -70,6 +71,38 @@ def test_embeddings_train_if_asked_and_stay_tied(tied):
     assert len(masters) == (1 if tied else 2)
     student(input_ids=IDS).logits.square().mean().backward()
     assert student.get_input_embeddings().weight.requires_grad
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_tied_pair_is_one_table_with_one_set_of_scales(trains):
+    model, student = tiny(), tiny()
+    rules = embedded()
+    prepare(student, rules, MinMax(), LSQ(), train_embeddings=trains)
+    table, head = student.model.embed_tokens, student.lm_head
+    assert (type(table), type(head)) == (QATEmbedding, QATLinear)
+    assert table.weight is head.weight
+    assert table.weight_fake_quant is head.weight_fake_quant
+    assert table.weight_fake_quant.name == "model.embed_tokens"
+    assert next(iter(fake_quants(student))) == "model.embed_tokens"
+    assert "lm_head" not in fake_quants(student)
+    assert table.weight.requires_grad is trains
+    assert table.weight_fake_quant.log_step.requires_grad
+    served = apply(model, rtn_method(model, rules, [], observer=MinMax()).tensors, {})
+    assert torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
+    set_phase(student, Phase.OFF)
+    assert torch.equal(student(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_a_tied_heads_inputs_are_quantized_where_the_recipe_says():
+    weight = embedded().rules["embeddings"].weight
+    rules = Recipe(embedded().rules | {"head": Rule("lm_head", weight, TOKEN)})
+    model, student = tiny(), tiny()
+    prepare(student, rules, MinMax(), LSQ())
+    assert student.lm_head.input_fake_quant is not None
+    tensors = rtn_method(model, rules, [], observer=MinMax()).tensors
+    served = apply(model, tensors, {}, recipe=rules)
+    assert torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
+    assert not torch.equal(served(input_ids=IDS).logits, apply(model, tensors, {})(input_ids=IDS).logits)
 
 
 def test_unquantized_tensors_enter_rounded_and_their_masters_stay_exact():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import recipe, scheme, tiny
+from tiny import embedded, recipe, scheme, tiny
 from tiny_grids import OTHERS
 
 from qat.nn.estimators import LSQ, Clipped, EfficientQAT
@@ -48,6 +48,19 @@ def test_step_0_has_exactly_the_methods_codes(method, rule):
         assert rule.symmetric or torch.equal(tensors[name].zero_point, tensor.zero_point)
     assert all(torch.equal(folded[name], value) for name, value in changes.folded.items())
     served = apply(model, changes.tensors, changes.folded)
+    assert torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("method", [rtn, gptq])
+def test_a_tied_pair_starts_with_the_methods_codes(method):
+    student, rules = tiny(), embedded(scheme(3))
+    changes = method(tiny(), rules, BATCHES, observer=MinMax())
+    prepare(student, rules, MSE(4), LSQ())
+    start_from(student, changes)
+    tensors, _ = convert(student)
+    assert tensors.keys() == changes.tensors.keys()
+    assert all(torch.equal(tensors[name].codes, tensor.codes) for name, tensor in changes.tensors.items())
+    served = apply(tiny(), changes.tensors, {})
     assert torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
 
 

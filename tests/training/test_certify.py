@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import recipe, tiny
+from tiny import embedded, recipe, tiny
 
 from qat.nn.adapter import LoRA
 from qat.nn.estimators import LSQ, StraightThrough
@@ -21,10 +21,16 @@ ADAPTER = LoRA(rank=4, alpha=8.0)
 PROMPTS = [torch.tensor([[5, 9, 200]]), torch.tensor([[7, 7]])]
 
 
-def module(symmetric=True, schedule=None, estimator=None, adapter=None, layers=2, **kwargs):
-    student = tiny(layers)
-    student.model.layers[-1].mlp.up_proj.weight.data.div_(64)  # an ulp of its scales is below 1e-3
-    prepare(student, recipe(3, symmetric=symmetric), MinMax(), estimator or LSQ())
+def module(symmetric=True, schedule=None, estimator=None, rules=None, tied=True, adapter=None, **kwargs):
+    student = tiny(tied=tied)
+    student.model.layers[1].mlp.up_proj.weight.data.div_(64)  # an ulp of its scales is below 1e-3
+    prepare(
+        student,
+        rules or recipe(3, symmetric=symmetric),
+        MinMax(),
+        estimator or LSQ(),
+        train_embeddings=rules is not None,
+    )
     if adapter is not None:
         add_lora(student, adapter)
     with torch.no_grad():
@@ -45,13 +51,50 @@ def test_every_weight_is_seen_and_equal(symmetric, adapter, precision, dtype):
     assert torch.equal(served(input_ids=PROMPTS[0]).logits, trained.student(input_ids=PROMPTS[0]).logits)
 
 
+@pytest.mark.parametrize(("tied", "uses"), [(True, 16), (False, 15)])
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["plain", "lora"])
-def test_a_compiled_graph_is_watched_too(adapter):
-    trained = module(adapter=adapter, layers=1)
+def test_both_uses_of_a_quantized_embedding_are_seen_each_in_its_dtype(tied, uses, adapter):
+    trained = module(rules=embedded(), tied=tied, adapter=adapter)
+    for precision, dtype in (("32-true", "float32"), ("bf16-mixed", "bfloat16, float32")):
+        tensors, _, captured = certify(trained, PROMPTS, precision)
+        assert captured == {"modules": uses, "equal": uses, "dtype": dtype}
+        assert len(tensors) == 15
+
+
+@pytest.mark.parametrize(("tied", "row"), [(False, 9), (True, 100)])
+def test_one_code_of_a_table_is_found_by_whoever_uses_it(monkeypatch, tied, row):
+    """Token 9 is looked up, and nothing else uses it; row 100 is not, but the tied head multiplies by it."""
+    trained = module(rules=embedded(), tied=tied)
+
+    def forged(student):
+        tensors, folded = convert(student)
+        tensors["model.embed_tokens"].codes[row, 5] ^= 1
+        return tensors, folded
+
+    monkeypatch.setattr("qat.training.certify.convert", forged)
+    with pytest.raises(AssertionError, match=r"model\.embed_tokens: training computed with other weights"):
+        certify(trained, PROMPTS, "32-true")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("model.embed_tokens", "look anything up in it"), ("lm_head", "compute with it")]
+)
+def test_one_of_two_uses_that_training_bypasses_is_found(name, message):
+    trained = module(rules=embedded())
+    user = trained.student.get_submodule(name)
+    weight = user.weight.detach()
+    user.forward = (lambda ids: weight[ids]) if "embed" in name else (lambda x: x @ weight.T)
+    with pytest.raises(AssertionError, match=rf"model\.embed_tokens: training does not {message}"):
+        certify(trained, PROMPTS, "32-true")
+
+
+def test_a_compiled_graph_is_watched_too():
+    """Linears with adapters, lookups, and the tied head, which has none."""
+    trained = module(rules=embedded(), adapter=ADAPTER)
     trained.split._decoder = torch.compile(trained.student.base_model, backend="aot_eager")
     trained.student.train()
     trained.forward_student(PROMPTS[0])  # compiled before anybody watches
-    assert certify(trained, PROMPTS, "32-true")[2]["equal"] == 7
+    assert certify(trained, PROMPTS, "32-true")[2]["equal"] == 16
     torch._dynamo.reset()
 
 

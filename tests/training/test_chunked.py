@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import recipe, scheme, tiny
+from tiny import embedded, recipe, scheme, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -36,6 +36,12 @@ def prepared(tied=True, train_embeddings=False, head=None, inputs=None):
     return model
 
 
+def quantized(train_embeddings):
+    model = tiny()
+    prepare(model, embedded(), MinMax(), LSQ(), train_embeddings=train_embeddings)
+    return model
+
+
 def capped():
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
@@ -52,6 +58,8 @@ HEADS = {
     "quantized with inputs": lambda: prepared(
         tied=False, head=scheme(8), inputs=Scheme(IntGrid(8), PerToken(), dynamic=True)
     ),
+    "quantized and tied": lambda: quantized(False),
+    "quantized, tied and trained": lambda: quantized(True),
     "plain": lambda: tiny(tied=False),
     "soft-capped": capped,
 }

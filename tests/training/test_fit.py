@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
-from tiny import recipe, tiny, tokens
+from tiny import embedded, recipe, tiny, tokens
 
 from qat.nn.adapter import LoRA, QLoRA
 from qat.nn.estimators import LSQ, StraightThrough
@@ -54,6 +54,8 @@ def train(
     every=1,
     lr=1e-3,
     teacher=True,
+    rules=None,
+    train_embeddings=False,
     parts="all",
     schedule=SCHEDULE,
     adapter=None,
@@ -64,7 +66,7 @@ def train(
     if isinstance(adapter, QLoRA):
         prepare_qlora(student, recipe(3), adapter)
     else:
-        prepare(student, recipe(3), MinMax(), estimator or LSQ())
+        prepare(student, rules or recipe(3), MinMax(), estimator or LSQ(), train_embeddings=train_embeddings)
         if adapter is not None:
             add_lora(student, adapter)
     training = Training(
@@ -105,6 +107,23 @@ def test_resume_at_every_step_equals_never_stopping(tmp_path, data, accumulate, 
         lines = [(tmp_path / d / "metrics.jsonl").read_text().splitlines() for d in ("unbroken", directory.name)]
         losses = [[line for line in part if "train/loss" in line] for part in lines]
         assert len(losses[0]) == len(losses[1]) == STEPS
+
+
+def test_a_tied_pair_resumes_and_trains_as_one_table(tmp_path, data):
+    """Tokens that never come up move as well: the head multiplies by all rows."""
+    quantized = {"rules": embedded(bits=3), "train_embeddings": True}
+    unbroken = train(tmp_path / "unbroken", data, **quantized)
+    with pytest.raises(Killed):
+        train(tmp_path / "broken", data, kill_at=4, **quantized)
+    assert same(unbroken, train(tmp_path / "broken", data, **quantized)) == []
+    table, head = unbroken.model.embed_tokens, unbroken.lm_head
+    assert head.weight is table.weight
+    assert head.weight_fake_quant is table.weight_fake_quant
+    assert bool(table.weight_fake_quant.log_step.all())
+    assert bool((table.weight != tiny().lm_head.weight).any(-1).all())
+    frozen = train(tmp_path / "frozen", data, rules=embedded(bits=3))
+    assert torch.equal(frozen.lm_head.weight, tiny().lm_head.weight)
+    assert bool(frozen.lm_head.weight_fake_quant.log_step[1:].all())  # row 0, of padding, is all zero
 
 
 def test_resume_from_an_older_checkpoint_takes_the_same_batches(tmp_path, data):

@@ -128,6 +128,10 @@ class Int8Weight:
         scale = self.scale.float()[:, None]
         return linear_by_tiles(x_TI.float(), self.shape, lambda a, b: self.codes[a:b].float().mul_(scale[a:b]))
 
+    def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` `[n]`, dequantized to `dtype`: `[n, I]`."""
+        return self.codes[ids].float().mul_(self.scale[ids].float()[:, None]).to(dtype)
+
 
 def specialize(weight: PackedWeight, spare: int) -> Weight:
     """See `qat.kernels.w4a16.specialize`."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
-from qat.engine.layers import Linear, RMSNorm
+from qat.engine.layers import Embedding, Linear, RMSNorm
 from qat.engine.models.llama import llama
 
 SIZES: dict[str, Any] = {
@@ -35,11 +35,11 @@ class Asked:
     def norm(self, name: str, size: int) -> RMSNorm:
         return RMSNorm(torch.ones(size), 1e-6)
 
-    def embedding(self, name: str, rows: int, columns: int) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(rows, columns))
+    def embedding(self, name: str, rows: int, columns: int) -> Embedding:
+        return Embedding(torch.zeros(rows, columns))
 
-    def head(self, embedding: nn.Parameter) -> nn.Module:
-        return Linear(embedding)
+    def head(self, embedding: Embedding) -> nn.Module:
+        return Linear(embedding.weight)
 
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from qat.kernels.cpu import w4a16 as cpu
-from qat.kernels.w4a16 import linear, linear_reference, pack_weight
+from qat.kernels.w4a16 import Table, linear, linear_reference, pack_weight
 from qat.numerics.affine import rtn
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from qat.numerics.grid import IntGrid
@@ -76,12 +76,19 @@ def test_eight_bits(rows: int, granularity: Granularity, scale: torch.dtype) -> 
     fast = cpu.int8_weight(pack_weight(tensor))
     assert fast is not None
     check(fast, tensor)
+    ids = torch.tensor([rows - 1, 0, 0])
+    expected = tensor.dequantize(torch.float32)[ids]
+    assert isinstance(fast, Table)
+    assert bool(((fast.lookup(ids, torch.float32) - expected).abs() <= U * expected.abs()).all())
+    if scale == torch.bfloat16:
+        assert torch.equal(fast.lookup(ids, torch.bfloat16), tensor.dequantize(torch.bfloat16)[ids])
 
 
 def test_this_machines_layout_reads_back() -> None:
     tensor = quantized(192, 128, 4, PerGroup(64), symmetric=True)
     fast = cpu.int4_weight(pack_weight(tensor))
     assert fast is not None
+    assert not isinstance(fast, Table)  # rows lie interleaved
     if fast.block:
         assert torch.equal(fast.columns(64, 192).T.to(torch.int8) - 8, tensor.codes[64:192])
     elif torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
