@@ -19,6 +19,7 @@ SUFFIXES = ("_utils", "_helpers", "_common", "_misc")  # a block_manager is the 
 LIGHT = (
     "qat",
     *(f"qat.numerics.{name}" for name in ("grid", "granularity", "scheme", "recipe", "kv", "allocate")),
+    "qat.nn.adapter",
     "qat.engine.config",
 )
 MACHINE = re.compile(r"(?<![\w.~$}])/(home|root|Users|work|mnt|media|scratch)/\w")

@@ -18,9 +18,11 @@ from qat.evaluation.divergence import Scores, evaluate, mean, standard_error
 from qat.evaluation.reference import Sequence
 from qat.formats import compressed_tensors
 from qat.formats.base import file_bytes, unquantized_state
+from qat.nn.adapter import LoRA, QLoRA
 from qat.nn.fake_quantize import kept
 from qat.nn.kv import quantize_kv
 from qat.numerics.qtensor import QuantizedTensor
+from qat.surgery.adapt import add_lora, merge, prepare_qlora
 from qat.surgery.calibrate import calibrate
 from qat.surgery.changes import Changes
 from qat.surgery.convert import Folded, Tensors, apply, input_scales, is_input_scale, quantize_inputs
@@ -53,11 +55,19 @@ def ptq_arm(bench: Workbench, name: str, method: Mapping[str, Any], fp: Arm) -> 
     return _arm(bench, changes.tensors, changes.folded, fp, spent, fallbacks), changes
 
 
-def quantize(bench: Workbench, name: str, method: Mapping[str, Any]) -> Changes:
-    """What a post-training method finds; blocks that it finished before are taken from the run directory."""
+def quantize(bench: Workbench, name: str, method: Mapping[str, Any], model: PreTrainedModel | None = None) -> Changes:
+    """What a post-training method finds; blocks that it finished before are taken from the run directory.
+
+    Args:
+        bench: The workbench.
+        name: Of what it keeps there.
+        method: As the config has it.
+        model: What it quantizes; None: the full-precision model.
+    """
     call: Callable[..., Changes] = instantiate(method, _convert_="all")
-    store = bench.run.path / "checkpoints" / name
-    return call(bench.judged, bench.recipe, bench.calibration, dtype=bench.dtype, store=store, progress=_progress(name))
+    store, progress = bench.run.path / "checkpoints" / name, _progress(name)
+    model = model or bench.judged
+    return call(model, bench.recipe, bench.calibration, dtype=bench.dtype, store=store, progress=progress)
 
 
 def static_inputs(bench: Workbench, changes: Changes) -> Folded:
@@ -107,23 +117,8 @@ def train(
     config = bench.config
     loss: Loss = bench.build("loss")
     optim: Optim = bench.build("optim")
-    begun = beginning(bench)
-    student = copy.deepcopy(bench.model).to(bench.device)
-    prepare(
-        student,
-        bench.recipe,
-        bench.build("observer"),
-        bench.build("estimator"),
-        bench.dtype,
-        optim.train_embeddings,
-        bench.build("input_observer"),
-        bench.build("input_estimator"),
-    )
-    if begun is not None:
-        start_from(student, begun)
-    if begun is None or not begun.state:  # which holds the ranges of inputs, too
-        calibrate(student, bench.calibration)
-    del begun
+    adapter: LoRA | QLoRA | None = bench.build("adapter") if bench.config.get("adapter") else None
+    student = _student(bench, adapter, optim.train_embeddings)
     training = Training(seq_len=config["data"]["seq_len"], seed=config["seed"], **config["trainer"])
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
     teacher, schedule = bench.judged if loss.distils else None, bench.build("schedule")
@@ -140,13 +135,59 @@ def train(
         loggers,
         callbacks,
     )
-    prompts = [prompt[None] for prompt in bench.prompts]
-    tensors, folded, captured = certify(module, prompts, precision(training.precision, bench.device))
-    with kept(student):
-        sequences = references(bench, student.eval())
+    cost["trained_parameters"] = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    captured: Any
+    if isinstance(adapter, QLoRA):
+        tensors, folded, sequences, captured = _merged(bench, student)
+    else:
+        prompts = [prompt[None] for prompt in bench.prompts]
+        tensors, folded, captured = certify(module, prompts, precision(training.precision, bench.device))
+        with kept(student):
+            sequences = references(bench, student.eval())
     del module, student
     gc.collect()  # Lightning's objects refer to each other: optimizer states would live on
     return tensors, folded, sequences, captured, cost
+
+
+def _student(bench: Workbench, adapter: LoRA | QLoRA | None, train_embeddings: bool) -> PreTrainedModel:
+    """What trains, on the device: every weight fake-quantized, or QLoRA's."""
+    student = copy.deepcopy(bench.model).to(bench.device)
+    if isinstance(adapter, QLoRA):
+        prepare_qlora(student, bench.recipe, adapter, bench.dtype, train_embeddings)
+        return student
+    begun = beginning(bench)
+    prepare(
+        student,
+        bench.recipe,
+        bench.build("observer"),
+        bench.build("estimator"),
+        bench.dtype,
+        train_embeddings,
+        bench.build("input_observer"),
+        bench.build("input_estimator"),
+    )
+    if begun is not None:
+        start_from(student, begun)
+    if adapter is not None:
+        add_lora(student, adapter)
+    if begun is None or not begun.state:  # which holds the ranges of inputs, too
+        calibrate(student, bench.calibration)
+    return student
+
+
+def _merged(bench: Workbench, student: PreTrainedModel) -> tuple[Tensors, Folded, list[Sequence], str]:
+    """QLoRA's merged weights, quantized under the recipe if a method is named; with the reference of that graph."""
+    changes, then = Changes(folded=merge(student, bench.dtype)), bench.config["adapter"]["then"]
+    if then is not None:
+        found = quantize(bench, "adapter_then", then, apply(bench.judged, {}, changes.folded))
+        changes.add(found)
+        for name in found.tensors:
+            del changes.folded[f"{name}.weight"]
+        changes.folded.update(static_inputs(bench, changes))
+    recipe = None if then is None else bench.recipe
+    graph = bench.moved(apply(bench.model, changes.tensors, changes.folded, recipe=recipe))
+    captured = "not applicable: QLoRA merges after training, which changes weights by a rounding"
+    return changes.tensors, changes.folded, references(bench, graph), captured
 
 
 def _arm(
@@ -157,7 +198,8 @@ def _arm(
     spent: dict[str, Any],
     fallbacks: list[dict[str, Any]],
 ) -> Arm:
-    graph: PreTrainedModel = apply(bench.judged, dict(tensors), dict(folded), recipe=bench.recipe)
+    recipe = bench.recipe if tensors else None  # merged adapters that nothing quantizes
+    graph: PreTrainedModel = apply(bench.judged, dict(tensors), dict(folded), recipe=recipe)
     scores = evaluate(graph, bench.windows, bench.judged, bench.config["evaluation"]["batch_size"])
     plain = {name: value for name, value in folded.items() if not is_input_scale(name)}
     if bench.config["format"]["name"] == "none":
@@ -170,7 +212,8 @@ def _arm(
     count = sum(t.codes.numel() for t in tensors.values())
     total = sum(p.numel() for p in bench.model.parameters())
     whole = (bits + (total - count) * bench.dtype.itemsize * 8) / total
-    return judged(bench, scores, fp, size, whole, bits / count, spent, fallbacks)
+    width = bits / count if count else bench.dtype.itemsize * 8  # merged and not quantized
+    return judged(bench, scores, fp, size, whole, width, spent, fallbacks)
 
 
 def judged(

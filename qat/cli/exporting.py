@@ -53,6 +53,8 @@ def export(
     name = bench.config["format"]["name"]
     if name == "none":
         return {"path": None, "verified": None, "captured": captured}
+    if not tensors:
+        raise ValueError(f"format={name}: nothing is quantized; train with +method@adapter.then=gptq, say, to export")
     path = path or bench.run.path / "export" / name
     recipe, tensors = FORMATS[name].expressed(bench.recipe, tensors)
     FORMATS[name].save(path, bench.model, recipe, tensors, folded, bench.tokenizer, bench.dtype)

@@ -3,6 +3,7 @@
 Keys of `_target_` nodes are here only where what they name cannot say it before torch is imported.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -156,6 +157,11 @@ FIELDS: dict[str, Check] = {
     "optim.weight_decay": UNSIGNED,
     "optim.warmup": FRACTION,
     "optim.final": FRACTION,
+    "adapter.rank": whole(),
+    "adapter.alpha": number("a finite number above 0", lambda x: 0 < x < math.inf),
+    "adapter.dropout": number("a number of at least 0, below 1", lambda x: 0 <= x < 1),
+    "adapter.group_size": whole(),
+    "adapter.seed": whole(0),
     "schedule.winq.every": whole(),
     "schedule.winq.alpha": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
     "trainer.max_steps": whole(),

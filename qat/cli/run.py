@@ -62,7 +62,8 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
             summary["export"] = export(bench, name, changes.tensors, changes.folded, sequences, captured)
     if trains and (TRAINED not in arms or "export" not in summary):
         choices, steps = bench.config["choices"], bench.config["trainer"]["max_steps"]
-        say(f"{TRAINED}: {steps} steps on {choices['loss']}, from {choices['init']}")
+        adapter = "" if choices["adapter"] == "none" else f", adapter {choices['adapter']}"
+        say(f"{TRAINED}: {steps} steps on {choices['loss']}, from {choices['init']}{adapter}")
         loggers = [] if wandb_run is None else [wandb_logger(wandb_run)]
         arms[TRAINED], summary["export"], summary["cost"] = qat_arm(bench, arms["fp"], loggers)
     if TRAINED in arms:

@@ -110,6 +110,8 @@ def _check(config: dict[str, Any], schema: Node, path: str, known: list[str]) ->
 def _check_value(where: str, value: Any, node: Node, known: list[str]) -> Iterator[Problem]:
     if is_choice(value) or is_open(value):
         return  # incomplete, and reported as such
+    if value == {} and node.mappings:
+        return  # an option such as `none` that builds nothing
     if any(isinstance(default, dict) for default in node.defaults):
         others = {kind(default) for default in node.defaults} - {"dict"}
         if not (isinstance(value, dict) and "_target_" in value) and kind(value) not in others:

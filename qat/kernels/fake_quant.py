@@ -67,7 +67,7 @@ def _fake_quantize(
     dtype: torch.dtype,
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    levels, whole = grid_of(grid), x
+    levels, watched = grid_of(grid), scale
     x, scale, log_step = taken(x, rows), taken(scale, rows), taken(log_step, rows)
     zero_point, zero_step = taken(zero_point, rows), taken(zero_step, rows)
     s = served(served_scale(scale, log_step), global_scale)
@@ -80,7 +80,7 @@ def _fake_quantize(
         values = torch.lerp(group(x.float(), scale), values, float(strength))
     result = values.to(dtype).reshape(x.shape)
     if _watcher is not None:
-        _watcher(whole, result, rows)
+        _watcher(watched, result, rows)
     return result, s
 
 
@@ -116,7 +116,10 @@ def fake_quantize(
 
 @contextmanager
 def watch(watcher: Watcher) -> Iterator[None]:
-    """While open, `watcher(x, result, rows)` sees every fake-quantization as it really ran, compiled or not.
+    """While open, `watcher(scale, result, rows)` sees every fake-quantization as it really ran, compiled or not.
+
+    `scale` tells which one it is: the observed part is a buffer that stays where it is, while x may be a sum made for
+    the occasion.
 
     A module hook would not do: a compiled graph does not call hooks that were added after its compilation.
     """

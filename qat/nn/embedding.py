@@ -24,6 +24,10 @@ class QATEmbedding(nn.Embedding):
         self.weight, self.weight_fake_quant = embedding.weight, weight
         return self.train(embedding.training)
 
+    def master(self) -> Tensor:
+        """The table that is rounded, `[V, H]`, fp32."""
+        return self.weight
+
     def forward(self, input: Tensor) -> Tensor:
         """Token ids `[...]` -> `[..., H]`."""
         if self.weight_fake_quant.phase is Phase.OFF:

@@ -166,6 +166,10 @@ class FakeQuantize(nn.Module):
             return self._kept[dtype] if rows is None else self._kept[dtype].index_select(0, rows)
         return self._quantize(x, dtype, rows)
 
+    def held(self, dtype: torch.dtype) -> Tensor | None:
+        """What `kept` holds in a dtype already."""
+        return None if self._kept is None else self._kept.get(dtype)
+
     def _quantize(self, x: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         if self.phase is Phase.OBSERVE and self._gathers():
             self.observe(x)

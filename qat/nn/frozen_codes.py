@@ -36,11 +36,13 @@ def freeze_codes(model: nn.Module) -> None:
     """Settles the codes of a prepared model, in place: from here on, nothing but the scales of weights trains.
 
     Raises:
-        ValueError: A scale is a power of two, and cannot be learned; names the module.
+        ValueError: A scale is a power of two, and cannot be learned, or a linear has an adapter; names the module.
     """
     model.requires_grad_(False)
     for linear in _quantized(model):
         quant = linear.weight_fake_quant
+        if isinstance(linear, QATLinear) and linear.adapter is not None:
+            raise ValueError(f"{quant.name}: an adapter trains A and B, but optim.train=scales leaves codes; use all")
         if quant.scheme.scale_dtype == E8M0:
             raise ValueError(f"{quant.name}: scales of {quant.scheme} are powers of two; use optim.train=all")
         linear.weight.copy_(_values(quant, quant.codes(linear.weight)))

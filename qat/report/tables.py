@@ -64,7 +64,9 @@ def export_lines(export: Mapping[str, Any]) -> list[str]:
         return {True: "yes", False: "NO", None: "not checked"}[value]
 
     if export["path"] is None:
-        return ["not exported (format=none), so nothing is proved of a file; the codes are those that training saw"]
+        captured = export.get("captured")
+        known = f"weights {captured}" if isinstance(captured, str) else "the codes are those that training saw"
+        return [f"not exported (format=none), so nothing is proved of a file; {known}"]
     lines = [
         f"train == serve: {'VERIFIED' if export['verified'] else 'NOT VERIFIED'}",
         f"  codes, scales and other tensors are those that were found: {mark(export['codes_equal'])}",

@@ -36,17 +36,27 @@ def convert(model: nn.Module) -> tuple[Tensors, Folded]:
     """
     tensors: Tensors = {}
     for name, linear in fake_quants(model).items():
-        quant = linear.weight_fake_quant
+        quant, master = linear.weight_fake_quant, linear.master()
         scale, zero_point = quant.qparams()
-        if not bool(torch.isfinite(scale.float()).all()) or not bool(torch.isfinite(linear.weight).all()):
+        if not bool(torch.isfinite(scale.float()).all()) or not bool(torch.isfinite(master).all()):
             raise ValueError(
                 f"{name}: a scale or a weight is not finite; training has diverged, lower the learning rate"
             )
         zero_point = None if zero_point is None else zero_point.clone()
-        shape, g = tuple(linear.weight.shape), quant.global_scale
+        shape, g = tuple(master.shape), quant.global_scale
         g = None if g is None else g.clone()
-        tensors[name] = QuantizedTensor(quant.codes(linear.weight), scale, zero_point, quant.scheme, shape, g)
-    folded = input_scales(model)
+        tensors[name] = QuantizedTensor(quant.codes(master), scale, zero_point, quant.scheme, shape, g)
+    return tensors, input_scales(model) | unquantized(model)
+
+
+@torch.no_grad()
+def unquantized(model: nn.Module) -> Folded:
+    """Every unquantized tensor that enters the forward rounded, as it is stored.
+
+    Raises:
+        ValueError: One is not finite; the message names it.
+    """
+    folded: Folded = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if not isinstance(module, parametrize.ParametrizationList) or id(module.original) in seen:
@@ -59,7 +69,7 @@ def convert(model: nn.Module) -> tuple[Tensors, Folded]:
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{owner}.{key}: not finite; training has diverged, lower the learning rate")
         folded[f"{owner}.{key}"] = value.clone()
-    return tensors, folded
+    return folded
 
 
 @torch.no_grad()

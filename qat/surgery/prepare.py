@@ -13,6 +13,7 @@ from qat.nn.estimators import SEQ, Clipped, Estimator, LSQPlus
 from qat.nn.fake_quantize import FakeQuantize, Phase
 from qat.nn.kv import quantize_kv
 from qat.nn.linear import QATLinear
+from qat.nn.lora import LowRank
 from qat.nn.observers.base import Observer
 from qat.nn.observers.minmax import MinMax
 from qat.numerics.grid import Codebook
@@ -195,6 +196,7 @@ def fake_quants(model: nn.Module) -> dict[str, QATLinear | QATEmbedding]:
     return found
 
 
+@torch.no_grad()
 def observe(model: nn.Module) -> None:
     """Takes the scales of every quantized weight from it as it now is; what was learned before is forgotten.
 
@@ -204,7 +206,8 @@ def observe(model: nn.Module) -> None:
     linears = fake_quants(model)
     together = families(model, {name: linear.weight_fake_quant.scheme for name, linear in linears.items()})
     for name, linear in linears.items():
-        linear.weight_fake_quant.observe(linear.weight, tuple(linears[other].weight for other in together[name]))
+        masters = {other: linears[other].master() for other in together[name]}
+        linear.weight_fake_quant.observe(masters[name], tuple(masters.values()))
 
 
 def set_phase(model: nn.Module, phase: Phase) -> None:
@@ -229,7 +232,7 @@ def _freeze_embeddings(model: nn.Module, train: bool) -> None:
 
 def _round_unquantized(model: nn.Module, storage: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
-        if isinstance(module, FakeQuantize):
+        if isinstance(module, FakeQuantize | LowRank):
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):
             quantized = isinstance(module, QATLinear | QATEmbedding) and key == "weight"

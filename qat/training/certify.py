@@ -36,13 +36,13 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
     linears = fake_quants(student)
     module.as_served()
     tensors, folded = convert(student)
-    names = {linear.weight.data_ptr(): name for name, linear in linears.items()}
+    names = {linear.weight_fake_quant.scale.data_ptr(): name for name, linear in linears.items()}
     modules = (m for m in student.modules() if isinstance(m, QATLinear | QATEmbedding))
-    uses = {(names[m.weight.data_ptr()], isinstance(m, QATEmbedding)) for m in modules}
+    uses = {(names[m.weight_fake_quant.scale.data_ptr()], isinstance(m, QATEmbedding)) for m in modules}
     seen: dict[tuple[str, bool], torch.dtype] = {}  # (name, whether it is a lookup)
 
-    def compare(master: Tensor, result: Tensor, rows: Tensor | None) -> None:
-        name = names.get(master.data_ptr())
+    def compare(scale: Tensor, result: Tensor, rows: Tensor | None) -> None:
+        name = names.get(scale.data_ptr())
         if name is None:
             return  # an activation
         expected = tensors[name].dequantize(result.dtype)

@@ -10,6 +10,7 @@ from torchmetrics import SumMetric
 from transformers import PreTrainedModel
 
 from qat.nn.fake_quantize import FakeQuantize, Phase
+from qat.nn.lora import checksum, frozen
 from qat.surgery.prepare import observe, set_phase, set_strength
 from qat.training.chunked import chunked_loss
 from qat.training.finite import first_broken, first_not_finite
@@ -201,6 +202,8 @@ class QATModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning leaves out: the random state and the schedule.
 
+        With adapters it removes what they leave alone: a run makes that anew from the model it began with.
+
         Raises:
             ValueError: The last step left something that is not finite: the checkpoint before it is kept.
         """
@@ -209,6 +212,10 @@ class QATModule(pl.LightningModule):
                 f"{broken} is not finite after step {self.done}; the last checkpoint is kept. Lower optim.lr or "
                 f"optim.scale_lr and run again with resume=never"
             )
+        if left := frozen(self.student):
+            for name in left:
+                del checkpoint["state_dict"][f"student.{name}"]
+            checkpoint["qat_frozen"] = {name: checksum(value) for name, value in left.items()}
         checkpoint["qat_rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["qat_rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -216,13 +223,20 @@ class QATModule(pl.LightningModule):
         checkpoint["qat_schedule"] = asdict(self.schedule)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the random state, and refuses a checkpoint from another schedule."""
+        """Takes the random state and the frozen tensors; refuses another schedule's checkpoint, or another model's."""
         self._rng, self.done, self._observed = checkpoint["qat_rng"], checkpoint["global_step"], None
         phase = self.schedule.phase(self.done, self.learns_scale).value
         if checkpoint["qat_phase"] != phase:
             raise ValueError(f"the checkpoint is in phase {checkpoint['qat_phase']}, the schedule says {phase}")
         if checkpoint["qat_schedule"] != (ours := asdict(self.schedule)):
             raise ValueError(f"the checkpoint's schedule is {checkpoint['qat_schedule']}, not {ours}; use resume=never")
+        left = frozen(self.student)
+        for name, value in left.items():
+            if checkpoint.get("qat_frozen", {}).get(name) != checksum(value):
+                raise ValueError(
+                    f"{name}: the checkpoint's adapters were trained beside another tensor; use resume=never"
+                )
+        checkpoint["state_dict"] |= {f"student.{name}": value.detach() for name, value in left.items()}
 
     def _first_bad(self, batch: Tensor) -> str:
         """Where numbers went wrong first: a parameter, or else a module of the student, or else one of the teacher."""

@@ -46,6 +46,15 @@ def test_groups_are_held_to_the_linears_once_for_each_size(model):
     assert said(model, recipe(".*_proj", PerChannel())) == []
 
 
+def test_groups_of_a_base_are_held_to_the_linears_that_it_replaces(model):
+    config = model | {"adapter": {"_target_": "qat.nn.adapter.QLoRA", "group_size": 32}}
+    (text,) = said(config, recipe(".*_proj", PerChannel()))
+    assert text.startswith("adapter.group_size: model.layers.0.q_proj: group_size=32 does not divide 48 in-features")
+    assert said(config, recipe(".*down_proj", PerChannel())) == []
+    for size in (16, 0, "a", None):  # fits; the others are others' business
+        assert said(model | {"adapter": {"group_size": size}}, recipe(".*_proj", PerChannel())) == []
+
+
 def test_a_recipe_that_matches_nothing_is_refused(model):
     (text,) = said(model, recipe("q_proj", PerChannel()))
     assert text.startswith("recipe.rules: no rule with a weight scheme matches a linear of the model, such as model.")

@@ -109,6 +109,44 @@ def test_the_schedule_says_the_same():
             assert not refused, node
 
 
+LORA, QLORA = ({"_target_": f"qat.nn.adapter.{kind}"} for kind in ("LoRA", "QLoRA"))
+GPTQ = {"_target_": "qat.ptq.gptq.gptq"}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"adapter": LORA, "optim": {"train": "scales"}}, "optim.train: scales alone would train, and no adapter"),
+        ({"adapter": QLORA, "optim": {"train": "scales"}}, "optim.train: scales alone would train, and no adapter"),
+        ({"adapter": QLORA, "init": {"method": GPTQ}, "choices": {"init": "gptq"}}, "init.method: QLoRA's frozen base"),
+        ({"adapter": QLORA, "schedule": {"freeze": 3}}, "schedule.freeze: QLoRA fake-quantizes nothing"),
+        ({"adapter": QLORA, "schedule": {"ramp": 3}}, "schedule.ramp: QLoRA fake-quantizes nothing"),
+        ({"adapter": LORA, "schedule": {"winq": {"every": 1}}}, "schedule.winq: it would move masters"),
+        ({"adapter": QLORA, "format": {"name": "compressed_tensors"}}, "format.name: merged QLoRA weights are unquant"),
+        ({"adapter": QLORA, "recipe": {"kv": {"_target_": "x"}}}, "recipe.kv: merged QLoRA weights are unquantized"),
+        ({"adapter": QLORA | {"then": {"_target_": "qat.nn.estimators.LSQ"}}}, "adapter.then._target_: qat.nn.estimat"),
+    ],
+)
+def test_what_an_adapter_cannot_have_is_said(config, words):
+    (text,) = said(config)
+    assert text.startswith(words)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"adapter": {}, "optim": {"train": "scales"}, "init": {"method": GPTQ}},
+        {"adapter": LORA, "init": {"method": GPTQ}, "format": {"name": "compressed_tensors"}},
+        {"adapter": LORA, "schedule": {"start": 1, "freeze": 3}, "trainer": {"max_steps": 4}},
+        {"adapter": QLORA, "format": {"name": "none"}},
+        {"adapter": QLORA | {"then": GPTQ}, "format": {"name": "compressed_tensors"}, "recipe": {"kv": {}}},
+        {"adapter": 3},
+    ],
+)
+def test_what_an_adapter_can_have_passes(config):
+    assert said(config) == []
+
+
 @pytest.mark.parametrize(
     ("rule", "words"),
     [

@@ -82,6 +82,19 @@ def test_what_another_check_decides_passes(config, schema, place, keys):
     assert said(changed(config, place, **keys), schema) == []
 
 
+def test_an_option_may_build_nothing(run, tree, user):
+    """And with it chosen, its group takes no other keys."""
+    both = Tree((*tree.roots, user(optim__none="# Nothing.\n{}\n")))
+    packaged = Tree((both.roots[1] / "packaged",))
+    shutil.copytree(tree.roots[0], packaged.roots[0])
+    shutil.copy(both.find("optim/none"), packaged.roots[0] / "optim/none.yaml")
+    schema = build_schema(run, packaged)
+    config = by_device(plain(compose("run", Overrides(["optim=none"]), packaged))[0], "cpu")
+    assert said(config, schema) == []
+    assert said(changed(config, "optim", lr=3), schema) == ['optim: expected a mapping with _target_, found {"lr": 3}']
+    assert said(changed(config, "", optim=None), schema) == ["optim: expected a mapping with _target_, found null"]
+
+
 def test_a_user_option_is_held_to_the_packaged_ones(run, tree, user):
     both = Tree((*tree.roots, user(model__mine="nam: x\npath: null\n")))
     config = by_device(plain(compose("run", Overrides(["model=mine"]), both))[0], "cpu")

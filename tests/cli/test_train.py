@@ -79,3 +79,52 @@ def test_the_certificate_holds_on_every_grid_that_the_format_carries(overrides, 
     assert export["codes_equal"]
     assert export["weights_equal"]
     assert export["greedy_equal"]
+
+
+def summary(run):
+    return json.loads((run.path / "summary.json").read_text())
+
+
+def test_lora_is_verified_and_its_weights_are_those_that_training_captured(finish):
+    run = finish("train", "adapter=lora", "adapter.rank=2", "optim.lr=0.01")
+    assert summary(run)["export"]["verified"]
+    certificate = json.loads((run.path / "export" / "compressed_tensors" / "verify.json").read_text())
+    assert certificate["checks"]["captured"] == {"modules": 7, "equal": 7, "dtype": "float32", "passed": True}
+    matrices = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64), "gate": (128, 64), "up": (128, 64)}
+    sizes = [*matrices.values(), (64, 128)]
+    assert summary(run)["cost"]["trained_parameters"] == sum(2 * (o + i) + o * i // 32 for o, i in sizes)
+    assert "adapter lora" in run.out
+    assert main(["export", f"runs={run.runs}", f"out={run.runs / 'out'}"]) == 0  # from a checkpoint without the weights
+    files = [path / "model.safetensors" for path in (run.path / "export" / "compressed_tensors", run.runs / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+QLORA = ("adapter=qlora", "adapter.rank=2", "adapter.group_size=32")
+
+
+@pytest.fixture(scope="module")
+def merged(finish):
+    return finish("train", *QLORA, "format=none")
+
+
+def test_qlora_merges_to_an_unquantized_arm(merged):
+    found = summary(merged)
+    assert found["arms"]["qat"]["bits_per_weight"] == found["arms"]["qat"]["bits_per_quantized_weight"] == 16
+    assert found["arms"]["qat"]["bytes"] == found["arms"]["fp"]["bytes"]
+    assert found["arms"]["qat"]["kl"] > 0
+    assert found["export"]["path"] is None
+    assert "not applicable" in found["export"]["captured"]
+
+
+def test_a_method_quantizes_what_qlora_merged_and_the_export_is_verified(finish, finished):
+    run = finish("train", *QLORA, "method@adapter.then=gptq")
+    assert summary(run)["export"]["verified"]
+    assert summary(run)["arms"]["qat"]["bits_per_quantized_weight"] == 4.5
+    assert summary(run)["arms"]["qat"]["windows"] != summary(finished)["arms"]["gptq"]["windows"]  # of the model's own
+    assert (run.path / "checkpoints" / "adapter_then").is_dir()
+
+
+def test_without_a_tensor_to_pack_nothing_is_exported(merged, capsys):
+    assert main(["export", f"runs={merged.runs}", f"out={merged.runs / 'out'}"]) == 1
+    assert "nothing is quantized; train with +method@adapter.then=gptq" in capsys.readouterr().err
+    assert not (merged.runs / "out").exists()

@@ -159,15 +159,15 @@ def test_a_watcher_sees_eager_and_compiled_calls():
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     compiled(x)  # compiled before anybody watches
-    with watch(lambda master, result, rows: seen.append((master.data_ptr(), result.clone()))):
+    with watch(lambda scale, result, rows: seen.append((scale.data_ptr(), result.clone()))):
         eager = call(x)
         compiled(x)
     call(x)
-    assert [p for p, _ in seen] == [x.data_ptr()] * 2
+    assert [p for p, _ in seen] == [scale.data_ptr()] * 2
     assert all(torch.equal(result, eager) for _, result in seen)
-    with watch(lambda master, result, rows: seen.append((master.data_ptr(), rows.tolist()))):
+    with watch(lambda scale, result, rows: seen.append((scale.data_ptr(), rows.tolist()))):
         fake_quantize(x, scale, s.grid, torch.float32, rows=torch.tensor([2, 5]))
-    assert seen[-1] == (x.data_ptr(), [2, 5])
+    assert seen[-1] == (scale.data_ptr(), [2, 5])
     with pytest.raises(AssertionError, match="one at a time"), watch(print), watch(print):
         pass
 

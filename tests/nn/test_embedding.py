@@ -60,12 +60,12 @@ def test_under_autocast_rows_keep_the_masters_dtype_and_a_tied_head_has_its_own(
     table.weight = embedding.weight
     head = QATLinear.from_float(table, embedding.weight_fake_quant)
     seen = []
-    with torch.autocast("cpu", torch.bfloat16), watch(lambda x, result, rows: seen.append((x, result.dtype))):
+    with torch.autocast("cpu", torch.bfloat16), watch(lambda scale, result, rows: seen.append((scale, result.dtype))):
         rows = embedding(IDS)
         assert rows.dtype == F.embedding(IDS, embedding.weight).dtype == torch.float32
         head(rows)
     assert [dtype for _, dtype in seen] == [torch.float32, torch.bfloat16]
-    assert all(x is embedding.weight or x.data_ptr() == embedding.weight.data_ptr() for x, _ in seen)
+    assert all(scale.data_ptr() == embedding.weight_fake_quant.scale.data_ptr() for scale, _ in seen)
 
 
 def test_only_the_rows_that_are_looked_up_are_computed():

@@ -10,6 +10,7 @@ from qat.nn.estimators import LSQ, Clipped, Rounded, StraightThrough
 from qat.nn.fake_quantize import FakeQuantize
 from qat.nn.frozen_codes import Follow, FrozenCodes, freeze_codes
 from qat.nn.linear import QATLinear
+from qat.nn.lora import LowRank
 from qat.nn.observers.minmax import MinMax
 from qat.numerics.affine import group
 from qat.numerics.granularity import PerChannel
@@ -117,6 +118,13 @@ def test_no_step_moves_a_code_however_far_the_scale_goes(symmetric, storage, bit
         optimizer.step()
         assert torch.equal(module.weight_fake_quant.codes(module.weight), codes)
     assert float((module.weight_fake_quant.qparams()[0].float() / before.float() - 1).abs().max()) > 0.2
+
+
+def test_codes_of_a_sum_that_trains_cannot_be_frozen():
+    module = linear()
+    module.adapter = LowRank(16, 64, 2, 4.0, torch.Generator())
+    with pytest.raises(ValueError, match=r"^w: an adapter trains A and B"):
+        freeze_codes(module)
 
 
 def test_without_following_codes_would_move():

@@ -77,6 +77,14 @@ def test_a_failed_check_and_one_that_was_not_made_look_different():
     assert len(lines) == 4
 
 
+def test_without_a_file_it_says_what_is_known_of_the_weights():
+    nothing = {"path": None, "verified": None}
+    (line,) = export_lines(nothing | {"captured": {"modules": 7, "equal": 7}})
+    assert line.endswith("the codes are those that training saw")
+    (line,) = export_lines(nothing | {"captured": "not applicable: no training graph"})
+    assert line.endswith("weights not applicable: no training graph")
+
+
 @pytest.fixture
 def summary():
     return {"arms": {"fp": ARM | {"ppl": 10.0}, "gptq": ARM, "qat": ARM}, "export": EXPORT}

@@ -4,8 +4,11 @@ import pytest
 import torch
 from tiny import embedded, recipe, tiny
 
+from qat.nn.adapter import LoRA
 from qat.nn.estimators import LSQ, StraightThrough
+from qat.nn.lora import LowRank
 from qat.nn.observers.minmax import MinMax
+from qat.surgery.adapt import add_lora
 from qat.surgery.convert import apply, convert
 from qat.surgery.prepare import fake_quants, prepare
 from qat.training.certify import certify
@@ -14,12 +17,13 @@ from qat.training.module import QATModule
 from qat.training.optim import Optim
 from qat.training.phases import PhaseSchedule
 
+ADAPTER = LoRA(rank=4, alpha=8.0)
 PROMPTS = [torch.tensor([[5, 9, 200]]), torch.tensor([[7, 7]])]
 
 
-def module(symmetric=True, schedule=None, estimator=None, rules=None, tied=True, **kwargs):
-    student = tiny(tied=tied)
-    student.model.layers[1].mlp.up_proj.weight.data.div_(64)  # an ulp of its scales is below 1e-3
+def module(symmetric=True, schedule=None, estimator=None, rules=None, tied=True, adapter=None, layers=2, **kwargs):
+    student = tiny(layers, tied=tied)
+    student.model.layers[-1].mlp.up_proj.weight.data.div_(64)  # an ulp of its scales is below 1e-3
     prepare(
         student,
         rules or recipe(3, symmetric=symmetric),
@@ -27,6 +31,8 @@ def module(symmetric=True, schedule=None, estimator=None, rules=None, tied=True,
         estimator or LSQ(),
         train_embeddings=rules is not None,
     )
+    if adapter is not None:
+        add_lora(student, adapter)
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
@@ -35,9 +41,10 @@ def module(symmetric=True, schedule=None, estimator=None, rules=None, tied=True,
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["plain", "lora"])
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "bfloat16")])
-def test_every_weight_is_seen_and_equal(symmetric, precision, dtype):
-    trained = module(symmetric)
+def test_every_weight_is_seen_and_equal(symmetric, adapter, precision, dtype):
+    trained = module(symmetric, adapter=adapter)
     tensors, folded, captured = certify(trained, PROMPTS, precision)
     assert captured == {"modules": 14, "equal": 14, "dtype": dtype}
     served = apply(tiny(), tensors, folded)
@@ -80,13 +87,14 @@ def test_one_of_two_uses_that_training_bypasses_is_found(name, message):
         certify(trained, PROMPTS, "32-true")
 
 
-def test_a_compiled_graph_is_watched_too():
-    """Linears, lookups and the tied head."""
-    trained = module(rules=embedded())
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["embedded", "lora"])
+def test_a_compiled_graph_is_watched_too(adapter):
+    """Linears, lookups and the tied head; and linears with an adapter."""
+    trained = module(rules=None if adapter else embedded(), adapter=adapter, layers=1)
     trained.split._decoder = torch.compile(trained.student.base_model, backend="aot_eager")
     trained.student.train()
     trained.forward_student(PROMPTS[0])  # compiled before anybody watches
-    assert certify(trained, PROMPTS, "32-true")[2]["equal"] == 16
+    assert certify(trained, PROMPTS, "32-true")[2]["equal"] == (7 if adapter else 9)
     torch._dynamo.reset()
 
 
@@ -104,6 +112,24 @@ def test_training_with_other_weights_is_found(monkeypatch):
         certify(trained, PROMPTS, "32-true")
 
 
+@pytest.mark.parametrize("way", ["not merged", "in bf16"])
+def test_adapters_merged_in_another_way_are_found(monkeypatch, way):
+    """As others do it: the adapter left beside the rounded weight, or merged in the dtype of the matmul."""
+    trained = module(adapter=ADAPTER)
+
+    def merged(self, weight):
+        return weight + self.scaling * (self.B.bfloat16() @ self.A.bfloat16()).float() * (way == "in bf16")
+
+    def forged(student):
+        with monkeypatch.context() as patch:
+            patch.setattr(LowRank, "merged", merged)
+            return convert(student)
+
+    monkeypatch.setattr("qat.training.certify.convert", forged)
+    with pytest.raises(AssertionError, match=r"_proj: training computed with other weights"):
+        certify(trained, PROMPTS, "bf16-mixed")
+
+
 def test_a_linear_that_training_bypasses_is_found():
     trained = module()
     block = trained.student.model.layers[0].mlp
@@ -112,12 +138,13 @@ def test_a_linear_that_training_bypasses_is_found():
         certify(trained, PROMPTS, "32-true")
 
 
-def test_scales_that_still_follow_are_taken_from_the_final_weights():
-    trained = module(schedule=PhaseSchedule(0, 100), estimator=StraightThrough())
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["plain", "lora"])
+def test_scales_that_still_follow_are_taken_from_the_final_weights(adapter):
+    trained = module(schedule=PhaseSchedule(0, 100), estimator=StraightThrough(), adapter=adapter)
     tensors, _, captured = certify(trained, PROMPTS, "32-true")
     assert captured["equal"] == 14
     for name, linear in fake_quants(trained.student).items():
-        _, scale = linear.weight, MinMax().qparams(linear.weight, tensors[name].scheme, torch.bfloat16)[0]
+        scale = MinMax().qparams(linear.master(), tensors[name].scheme, torch.bfloat16)[0]
         assert torch.equal(tensors[name].scale, scale)
 
 

@@ -8,8 +8,10 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from tiny import embedded, recipe, tiny, tokens
 
+from qat.nn.adapter import LoRA, QLoRA
 from qat.nn.estimators import LSQ, StraightThrough
 from qat.nn.observers.minmax import MinMax
+from qat.surgery.adapt import add_lora, prepare_qlora
 from qat.surgery.convert import convert
 from qat.surgery.prepare import prepare
 from qat.training.checkpoints import newest
@@ -56,11 +58,17 @@ def train(
     train_embeddings=False,
     parts="all",
     schedule=SCHEDULE,
+    adapter=None,
     **model,
 ):
     full = tiny(**model)
     student = copy.deepcopy(full)
-    prepare(student, rules or recipe(3), MinMax(), estimator or LSQ(), train_embeddings=train_embeddings)
+    if isinstance(adapter, QLoRA):
+        prepare_qlora(student, recipe(3), adapter)
+    else:
+        prepare(student, rules or recipe(3), MinMax(), estimator or LSQ(), train_embeddings=train_embeddings)
+        if adapter is not None:
+            add_lora(student, adapter)
     training = Training(
         max_steps=STEPS,
         batch_size=2,
@@ -189,6 +197,43 @@ def test_scales_alone_train_and_no_code_moves_and_a_resumed_run_is_unbroken(tmp_
 def test_scales_that_follow_the_weights_cannot_train_alone(tmp_path, data):
     with pytest.raises(ValueError, match=r"schedule\.freeze=3: .*optim\.train=scales"):
         train(tmp_path, data, parts="scales")
+
+
+ADAPTERS = [LoRA(rank=2, alpha=4.0), QLoRA(rank=2, alpha=4.0, group_size=32, dropout=0.2)]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+def test_adapters_resume_exactly_from_checkpoints_without_the_base(tmp_path, data, adapter):
+    unbroken = train(tmp_path / "unbroken", data, adapter=adapter, lr=1e-2)
+    for step in (1, 3):
+        directory = tmp_path / f"broken{step}"
+        with pytest.raises(Killed):
+            train(directory, data, kill_at=step, adapter=adapter, lr=1e-2)
+        assert same(unbroken, train(directory, data, adapter=adapter, lr=1e-2)) == []
+    trained = {name: p for name, p in unbroken.named_parameters() if p.requires_grad}
+    checkpoint = torch.load(newest(tmp_path / "unbroken" / "checkpoints"), weights_only=True)
+    held = {name.removeprefix("student.") for name in checkpoint["state_dict"]}
+    assert held - set(trained) == {name for name in held if "fake_quant" in name} - set(trained)
+    assert set(trained) <= held
+    states = checkpoint["optimizer_states"][0]["state"].values()
+    assert sum(state["exp_avg"].numel() for state in states) == sum(p.numel() for p in trained.values())
+    start = tiny().state_dict()
+    kept = {name: value for name, value in unbroken.state_dict().items() if name in start}
+    assert kept
+    assert all(torch.equal(value, start[name]) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: type(a).__name__)
+def test_adapters_of_another_base_are_refused(tmp_path, data, adapter):
+    with pytest.raises(Killed):
+        train(tmp_path, data, kill_at=3, adapter=adapter)
+    path = newest(tmp_path / "checkpoints")
+    checkpoint = torch.load(path, weights_only=True)
+    name = next(n for n in checkpoint["qat_frozen"] if n.endswith(("up_proj.weight", "up_proj.words")))
+    checkpoint["qat_frozen"][name] += 1
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=rf"{name}: the checkpoint's adapters .* resume=never"):
+        train(tmp_path, data, adapter=adapter)
 
 
 def test_nan_stops_at_once_and_keeps_the_checkpoint(tmp_path, data):
