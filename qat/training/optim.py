@@ -19,7 +19,7 @@ class Optim:
     """AdamW (arXiv:1711.05101) with linear warm-up and cosine decay, stepped once for each optimizer step.
 
     Attributes:
-        lr: Peak learning rate of weights, norms and biases.
+        lr: Peak learning rate of weights, adapters, norms and biases.
         scale_lr: Peak learning rate of the logarithms of scales: one step moves a scale by about this fraction.
         betas: AdamW's.
         weight_decay: Of weight matrices; never of norms, biases or scales.
