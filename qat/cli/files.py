@@ -33,8 +33,8 @@ def check_files(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
         yield from lengths(config, facts)
         if isinstance(recipe := built.get("recipe"), Recipe):
             yield from groups(recipe, facts)
-            yield from base_groups(config, recipe, facts)
             yield from embeddings(config, recipe, facts)
+            yield from base_groups(config, recipe, facts)
             yield from budget(config, recipe, facts)
 
 
@@ -92,6 +92,19 @@ def groups(recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
         yield Problem("recipe.rules", f"no rule with a weight scheme matches a linear of the model, such as {example}")
 
 
+def embeddings(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
+    """An embedding is looked up, so it has no input to quantize; and the format cannot carry it."""
+    for name in facts.embeddings:
+        hit = recipe.rule_for(name)
+        if hit is None or hit[1].weight is None:
+            continue
+        if hit[1].input is not None:
+            yield Problem(f"recipe.rules.{hit[0]}.input", f"{name} is an embedding: its input is token ids; use null")
+        if at(config, "format.name") == "compressed_tensors":
+            text = f"{name} is an embedding, which format=compressed_tensors cannot carry; use format=none"
+            yield Problem(f"recipe.rules.{hit[0]}.match", f"{text}, or add a later rule for it with weight=null")
+
+
 def base_groups(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
     """The groups of QLoRA's base fit the linears that it replaces; the first that one does not fit is named."""
     size = at(config, "adapter.group_size")
@@ -105,19 +118,6 @@ def base_groups(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> It
         except ValueError as error:
             yield Problem("adapter.group_size", f"{name}: {error}")
             return
-
-
-def embeddings(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:
-    """An embedding is looked up, so it has no input to quantize; and the format cannot carry it."""
-    for name in facts.embeddings:
-        hit = recipe.rule_for(name)
-        if hit is None or hit[1].weight is None:
-            continue
-        if hit[1].input is not None:
-            yield Problem(f"recipe.rules.{hit[0]}.input", f"{name} is an embedding: its input is token ids; use null")
-        if at(config, "format.name") == "compressed_tensors":
-            text = f"{name} is an embedding, which format=compressed_tensors cannot carry; use format=none"
-            yield Problem(f"recipe.rules.{hit[0]}.match", f"{text}, or add a later rule for it with weight=null")
 
 
 def budget(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from qat.numerics.affine import group, round_scale, served
 from qat.numerics.grid import Codebook, FloatGrid, Grid, IntGrid
 from qat.numerics.levels import snap
 
-Watcher = Callable[[Tensor, Tensor, Tensor | None], None]  # scale, result, rows
+Watcher = Callable[[Tensor, Tensor, Tensor | None], None]  # x, result, rows
 _watcher: Watcher | None = None
 Part = TypeVar("Part", Tensor, Tensor | None)
 
@@ -67,7 +67,7 @@ def _fake_quantize(
     dtype: torch.dtype,
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    levels, which = grid_of(grid), scale
+    levels, watched = grid_of(grid), scale
     x, scale, log_step = taken(x, rows), taken(scale, rows), taken(log_step, rows)
     zero_point, zero_step = taken(zero_point, rows), taken(zero_step, rows)
     s = served(served_scale(scale, log_step), global_scale)
@@ -80,7 +80,7 @@ def _fake_quantize(
         values = torch.lerp(group(x.float(), scale), values, float(strength))
     result = values.to(dtype).reshape(x.shape)
     if _watcher is not None:
-        _watcher(which, result, rows)
+        _watcher(watched, result, rows)
     return result, s
 
 

@@ -25,7 +25,7 @@ class QATEmbedding(nn.Embedding):
         return self.train(embedding.training)
 
     def master(self) -> Tensor:
-        """The table that is rounded: W; `[V, H]`, fp32."""
+        """The table that is rounded, `[V, H]`, fp32."""
         return self.weight
 
     def forward(self, input: Tensor) -> Tensor:

@@ -124,6 +124,12 @@ def test_a_method_quantizes_what_qlora_merged_and_the_export_is_verified(finish,
     assert (run.path / "checkpoints" / "adapter_then").is_dir()
 
 
+def test_the_method_quantizes_embeddings_too_where_the_recipe_says(finish):
+    """QLoRA leaves them alone, so there is no merged one to replace."""
+    run = finish("train", *QLORA, "method@adapter.then=rtn", "recipe=w4a16_g64_embed8", "format=none")
+    assert summary(run)["arms"]["qat"]["bits_per_weight"] < summary(run)["arms"]["fp"]["bits_per_weight"] / 2
+
+
 def test_without_a_tensor_to_pack_nothing_is_exported(merged, capsys):
     assert main(["export", f"runs={merged.runs}", f"out={merged.runs / 'out'}"]) == 1
     assert "nothing is quantized; train with +method@adapter.then=gptq" in capsys.readouterr().err
