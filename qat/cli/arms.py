@@ -72,11 +72,12 @@ def quantize(bench: Workbench, name: str, method: Mapping[str, Any], model: PreT
 
 def static_inputs(bench: Workbench, changes: Changes) -> Folded:
     """Static scales of inputs, calibrated on what the method's weights compute; empty where it found its own."""
-    if any(is_input_scale(name) for name in changes.folded):
+    quantizes = any(rule.input is not None for rule in bench.recipe.rules.values())
+    if not quantizes or any(is_input_scale(name) for name in changes.folded):
         return {}
     graph = apply(bench.judged, changes.tensors, changes.folded)
     quantize_kv(graph, bench.recipe.kv)
-    quantize_inputs(graph, bench.recipe, {}, bench.build("input_observer"))
+    quantize_inputs(graph, bench.recipe, {}, bench.build("input_observer"), bench.dtype)
     calibrate(graph, bench.calibration)
     return input_scales(graph)
 

@@ -212,7 +212,7 @@ def estimators(config: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
             if kind in LEARNING and scheme.scale_dtype == E8M0:
                 text = f"{kind} learns a scale, but those of {where}.{part} are powers of two; use {key}=clipped"
                 yield Problem(key, text)
-            if kind == "SEQ" and not isinstance(scheme.grid, Codebook):
+            if kind == "SEQ" and not (isinstance(scheme.grid, Codebook) and scheme.grid.integer_bits):
                 text = f"SEQ is for the codebooks binary, ternary and seq2; {where}.{part} is {scheme}: use {key}=lsq"
                 yield Problem(key, text)
             if kind == "LSQPlus" and scheme.symmetric:

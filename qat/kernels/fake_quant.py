@@ -24,7 +24,7 @@ from qat.numerics.affine import group, round_scale, served
 from qat.numerics.grid import Codebook, FloatGrid, Grid, IntGrid
 from qat.numerics.levels import snap
 
-Watcher = Callable[[Tensor, Tensor, Tensor | None], None]  # x, result, rows
+Watcher = Callable[[Tensor, Tensor, Tensor | None], None]  # scale, result, rows
 _watcher: Watcher | None = None
 Part = TypeVar("Part", Tensor, Tensor | None)
 

@@ -104,8 +104,8 @@ class FakeQuantize(nn.Module):
             raise ValueError(f"{self.name}: {error}") from None
 
     def _observe_range(self, x: Tensor) -> None:
-        whole = x.detach().float().aminmax()
         if self.scheme.dynamic:
+            whole = x.detach().float().aminmax()
             new = (whole.min.reshape(1), whole.max.reshape(1))
         else:
             new = self.observer.observe(x, self.scheme, self.storage)

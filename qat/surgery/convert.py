@@ -95,17 +95,23 @@ def is_input_scale(name: str) -> bool:
 
 
 @torch.no_grad()
-def quantize_inputs(model: nn.Module, recipe: Recipe, folded: Folded, observer: Observer | None = None) -> None:
+def quantize_inputs(
+    model: nn.Module,
+    recipe: Recipe,
+    folded: Folded,
+    observer: Observer | None = None,
+    storage: torch.dtype = torch.bfloat16,
+) -> None:
     """Fake-quantizes, in place, the inputs of every plain linear that the recipe says, with the scales of `folded`.
 
-    A static scheme whose scale `folded` lacks waits for `calibrate`.
+    A static scheme whose scale `folded` lacks waits for `calibrate`, and then keeps it in its dtype or in `storage`.
     """
     for name, linear in list(model.named_modules()):
         hit = recipe.rule_for(name) if isinstance(linear, nn.Linear) else None
         if hit is None or hit[1].input is None:
             continue
         device, scheme = next(linear.parameters()).device, hit[1].input
-        quant = input_fake_quant(name, scheme, observer, Clipped(), torch.float32, device)
+        quant = input_fake_quant(name, scheme, observer, Clipped(), storage, device)
         quant.phase = Phase.FROZEN
         for part in ("scale", "zero_point", "global_scale"):
             if (value := folded.get(f"{name}.input_{part}")) is not None:

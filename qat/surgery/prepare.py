@@ -154,7 +154,7 @@ def check_estimator(name: str, estimator: Estimator, scheme: Scheme) -> None:
         raise ValueError(
             f"{name}: estimator {kind} learns a scale, but those of {scheme} are powers of two; use estimator=clipped"
         )
-    if isinstance(estimator, SEQ) and not isinstance(scheme.grid, Codebook):
+    if isinstance(estimator, SEQ) and not (isinstance(scheme.grid, Codebook) and scheme.grid.integer_bits):
         raise ValueError(
             f"{name}: estimator SEQ is for the codebooks binary, ternary and seq2, not for {scheme}; use estimator=lsq"
         )

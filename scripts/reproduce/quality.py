@@ -116,7 +116,7 @@ def open_cell(recipe: str, arm: str, seed: int, arguments: argparse.Namespace) -
     config, problems = validate(VERBS["run"], settings(recipe, arm, seed, arguments), Tree.of([]))
     if problems:
         raise SystemExit("\n".join(f"{p}" for p in problems))
-    return Cell(open_workbench(config), recipe, arm, seed, Path(arguments.json).with_suffix(".fine_tuned"))
+    return Cell(open_workbench(config), recipe, arm, seed, Path(config["runs"]) / "fine_tuned")
 
 
 def judge(graph: PreTrainedModel, bench: Workbench, texts: dict[str, Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 from qat.surgery.calibrate import calibrate, needing
-from qat.surgery.convert import apply, convert
+from qat.surgery.convert import apply, convert, input_scales, quantize_inputs
 from qat.surgery.prepare import prepare
 
 STATIC = Scheme(IntGrid(8), PerTensor(), symmetric=False)
@@ -73,6 +73,20 @@ def test_learned_input_scales_are_what_is_stored():
     _, folded = convert(student)
     name = "model.layers.0.mlp.down_proj.input_scale"
     assert torch.equal(folded[name], (quant.scale.float() * torch.tensor(0.5).exp()).bfloat16())
+
+
+def test_a_post_training_arm_keeps_its_ranges_in_the_storage_dtype_as_training_does():
+    student = prepared(STATIC)
+    calibrate(student, BATCHES)
+    for storage in (torch.bfloat16, torch.float16):
+        graph = apply(tiny(), {}, {})
+        quantize_inputs(graph, recipe(STATIC), {}, storage=storage)
+        calibrate(graph, BATCHES)
+        found = {n: v for n, v in input_scales(graph).items() if n.endswith("input_scale")}
+        assert {v.dtype for v in found.values()} == {storage}
+    trained = {n: v.dtype for n, v in convert(student)[1].items() if n.endswith("input_scale")}
+    assert set(trained) == set(found)
+    assert set(trained.values()) == {torch.bfloat16}
 
 
 def test_dynamic_ranges_need_none():

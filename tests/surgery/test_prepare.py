@@ -13,7 +13,7 @@ from qat.nn.linear import QATLinear
 from qat.nn.observers.minmax import MinMax
 from qat.numerics.affine import rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from qat.numerics.grid import FloatGrid, IntGrid
+from qat.numerics.grid import Codebook, FloatGrid, IntGrid
 from qat.numerics.kv import KINDS
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
@@ -149,6 +149,7 @@ TOKEN = Scheme(IntGrid(8), PerToken(), dynamic=True)
     [
         (MXFP4, None, LSQ(), None, "powers of two; use estimator=clipped"),
         (scheme(), None, SEQ(), None, "binary, ternary and seq2"),
+        (Scheme(Codebook("nf4"), PerGroup(32)), None, SEQ(), None, "binary, ternary and seq2"),
         (scheme(), None, LSQPlus(), None, "set symmetric=false or use estimator=lsq"),
         (scheme(), Scheme(IntGrid(8), PerTensor()), LSQ(), LSQPlus(), "set symmetric=false"),
         (scheme(), Scheme(IntGrid(8), PerGroup(32)), LSQ(), None, "static input scheme"),
