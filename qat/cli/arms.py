@@ -142,7 +142,8 @@ def train(
         tensors, folded, sequences, captured = _merged(bench, student)
     else:
         prompts = [prompt[None] for prompt in bench.prompts]
-        tensors, folded, captured = certify(module, prompts, precision(training.precision, bench.device))
+        shape = (training.batch_size, training.seq_len) if training.compile else None
+        tensors, folded, captured = certify(module, prompts, precision(training.precision, bench.device), shape)
         with kept(student):
             sequences = references(bench, student.eval())
     del module, student

@@ -231,10 +231,15 @@ def _freeze_embeddings(model: nn.Module, train: bool) -> None:
 
 
 def _round_unquantized(model: nn.Module, storage: torch.dtype) -> None:
+    kinds: dict[tuple[type | str, ...], type] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, FakeQuantize | LowRank):
             continue
+        kind, keys = type(module), []
         for key, parameter in list(module.named_parameters(recurse=False)):
             quantized = isinstance(module, QATLinear | QATEmbedding) and key == "weight"
             if parameter.requires_grad and not quantized and "parametrizations" not in name:
                 parametrize.register_parametrization(module, key, Stored(storage), unsafe=True)
+                keys.append(key)
+        if keys:  # one class for all that are alike: torch makes one for each, and a compiler would compile each anew
+            module.__class__ = kinds.setdefault((kind, *keys), type(module))

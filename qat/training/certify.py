@@ -12,7 +12,9 @@ from qat.training.module import QATModule
 
 
 @torch.no_grad()
-def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[Tensors, Folded, dict[str, object]]:
+def certify(
+    module: QATModule, prompts: list[Tensor], precision: str, shape: tuple[int, int] | None = None
+) -> tuple[Tensors, Folded, dict[str, object]]:
     """Converts, and holds the codes to what the training graph computes, bit for bit.
 
     The graph runs the prompts once more as in training: training mode, the same autocast, compiled if it was. Every
@@ -24,6 +26,8 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
         module: After its last optimizer step.
         prompts: Token ids, `[1, T]` each.
         precision: Lightning's name of the precision that training ran in.
+        shape: Sequences and tokens of a training batch, which the prompts then fill, for a compiled graph: another
+            shape would be another compilation.
 
     Returns:
         The pair of `convert`, and `{"modules", "equal", "dtype"}` for the certificate.
@@ -56,7 +60,7 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
     device = linears[next(iter(linears))].weight.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
     with watch(compare), autocast:
-        for prompt in prompts:
+        for prompt in prompts if shape is None else [filled(prompts, shape)]:
             module.forward_student(prompt.to(device))
     assert {name for name, _ in uses} == set(tensors), "a quantized tensor belongs to no module"
     if lost := sorted(uses - set(seen)):
@@ -64,6 +68,12 @@ def certify(module: QATModule, prompts: list[Tensor], precision: str) -> tuple[T
         raise AssertionError(f"{name}: training does not {'look anything up in' if lookup else 'compute with'} it")
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in seen.values()})
     return tensors, folded, {"modules": len(uses), "equal": len(seen), "dtype": ", ".join(dtypes)}
+
+
+def filled(prompts: list[Tensor], shape: tuple[int, int]) -> Tensor:
+    """The prompts one after another, over and over, as one batch of token ids."""
+    ids, size = torch.cat([prompt.flatten() for prompt in prompts]), shape[0] * shape[1]
+    return ids.repeat(-(-size // len(ids)))[:size].reshape(shape)
 
 
 def _bits(x: Tensor) -> Tensor:

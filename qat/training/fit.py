@@ -22,7 +22,8 @@ from qat.training.module import QATModule
 from qat.training.optim import Optim
 from qat.training.phases import PhaseSchedule
 
-THIRD_PARTY = ".*treespec, LeafSpec.*|.*Checkpoint directory .* exists.*"  # Lightning about itself: nothing to act on
+# Lightning and dynamo about themselves: nothing to act on
+THIRD_PARTY = ".*treespec, LeafSpec.*|.*Checkpoint directory .* exists.*|.*a Tensor that is not a leaf Tensor.*"
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
@@ -41,7 +42,8 @@ class Training:
         checkpoint_every: Optimizer steps between checkpoints.
         val_every: Optimizer steps between validations.
         val_windows: Windows of the validation split.
-        compile: Whether the student runs through `torch.compile`.
+        compile: Whether the models' blocks run through `torch.compile`.
+        cuda_graph: Whether a GPU replays steps as a CUDA graph; a CPU has none.
         seed: Order of the batches.
         lightning: More arguments for Lightning's Trainer.
     """
@@ -56,6 +58,7 @@ class Training:
     val_every: int = 100
     val_windows: int = 4
     compile: bool = False
+    cuda_graph: bool = True
     seed: int = 0
     lightning: dict[str, Any] = field(default_factory=dict)
 
@@ -115,7 +118,8 @@ def fit(
             f"codes settled; use 0"
         )
     optim.select(student)
-    module = QATModule(student, teacher, loss, schedule, optim, training.max_steps, training.compile)
+    steps = training.max_steps
+    module = QATModule(student, teacher, loss, schedule, optim, steps, training.compile, training.cuda_graph)
     saver = checkpointing(directory / "checkpoints", training.checkpoint_every)
     per_step = training.batch_size * training.accumulate * training.seq_len
     progress = TrainingProgress(per_step, max(training.max_steps // 16, 1))

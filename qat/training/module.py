@@ -14,6 +14,7 @@ from qat.nn.lora import checksum, frozen
 from qat.surgery.prepare import observe, set_phase, set_strength
 from qat.training.chunked import chunked_loss
 from qat.training.finite import first_broken, first_not_finite
+from qat.training.graphed import GraphedLoss
 from qat.training.losses import Loss
 from qat.training.optim import Optim
 from qat.training.phases import PhaseSchedule
@@ -33,7 +34,9 @@ class QATModule(pl.LightningModule):
         schedule: Fake-quantization by optimizer step.
         optim: Optimizer and learning rates.
         steps: Optimizer steps in all.
-        compiled: Whether the student's decoder runs through `torch.compile`.
+        compiled: Whether the decoders' blocks run through `torch.compile`.
+        graphed: Whether steps are replayed as a CUDA graph (`graphed.py`), where the device has such: those in which
+            nothing is observed and fake-quantization is all the way on, or off.
 
     Raises:
         ValueError: The loss distils and there is no teacher, the teacher has another vocabulary, one of the models
@@ -49,6 +52,7 @@ class QATModule(pl.LightningModule):
         optim: Optim,
         steps: int,
         compiled: bool = False,
+        graphed: bool = True,
     ):
         super().__init__()
         if loss.distils and teacher is None:
@@ -58,7 +62,7 @@ class QATModule(pl.LightningModule):
         self.student = student
         # No submodules: no checkpoint, no optimizer and no DDP sees the teacher, or the student twice.
         self.split = SplitModel(student, compiled)
-        self._teacher = SplitModel(teacher) if loss.distils and teacher is not None else None
+        self._teacher = SplitModel(teacher, compiled) if loss.distils and teacher is not None else None
         if self._teacher is not None:
             _check_vocabulary(self.split, self._teacher)
         self.loss, self.schedule, self.optim, self.steps = loss, schedule, optim, steps
@@ -66,6 +70,8 @@ class QATModule(pl.LightningModule):
         self.val_nll, self.val_tokens = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.learns_scale = any(m.estimator.learns_scale for m in student.modules() if isinstance(m, FakeQuantize))
         self._rng: dict[str, Any] | None = None
+        self.graphed = graphed
+        self._graph: tuple[tuple[Any, ...], GraphedLoss] | None = None  # and what it was captured for
         self.done = 0  # optimizer steps taken; a Trainer that only tests does not know them
         self._observed: int | None = None  # `done` when scales were last taken from the weights
 
@@ -126,11 +132,7 @@ class QATModule(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch of token ids `[B, T]`."""
-        taught = None
-        if self._teacher is not None:
-            with torch.no_grad():
-                taught = self._teacher.hidden(batch)
-        parts = chunked_loss(self.loss, self.split, self.split.hidden(batch), self._teacher, taught, batch)
+        parts = self._replayed(batch) if self._replays() else self.parts(batch)
         if not bool(torch.isfinite(parts["loss"].detach())):
             raise ValueError(
                 f"loss is {float(parts['loss'].detach())} at step {self.global_step}{self._first_bad(batch)}; the last "
@@ -138,6 +140,31 @@ class QATModule(pl.LightningModule):
             )
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
         return parts["loss"]
+
+    def parts(self, batch: Tensor) -> dict[str, Tensor]:
+        """The loss of token ids `[B, T]`, which has a gradient, and its parts."""
+        taught = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                taught = self._teacher.hidden(batch)
+        return chunked_loss(self.loss, self.split, self.split.hidden(batch), self._teacher, taught, batch)
+
+    def _replays(self) -> bool:
+        observes = self.schedule.phase(self.done, self.learns_scale) is Phase.OBSERVE  # asks the device for ranges
+        ramps = 0 < self.schedule.strength(self.done) < 1  # another number in each step
+        return self.graphed and self.device.type == "cuda" and not observes and not ramps
+
+    def _replayed(self, batch: Tensor) -> dict[str, Tensor]:
+        key = (self.schedule.phase(self.done, self.learns_scale), batch.shape)
+        if self._graph is None or self._graph[0] != key:
+            self._graph = None  # its memory, before the next one takes as much
+            trained = [p for p in self.student.parameters() if p.requires_grad]
+            self._graph = key, GraphedLoss(self.parts, trained, batch)
+        return self._graph[1](batch)
+
+    def on_fit_end(self) -> None:
+        """Gives the memory of the captured graph back."""
+        self._graph = None
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -1,11 +1,15 @@
 """A causal language model in two steps, so that logits need not exist for all tokens at once."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qat.nn.windows import whole_windows
 
 PROBE = 4  # tokens
 FIX = "training needs a model whose forward is its base_model and, on what that returns, its head"
@@ -20,7 +24,7 @@ class SplitModel:
 
     Args:
         model: A Hugging Face causal language model. It is neither changed nor copied.
-        compiled: Whether the decoder runs through `torch.compile`.
+        compiled: Whether the decoder's blocks run through `torch.compile`: one compilation serves all of them.
 
     Raises:
         ValueError: The model's logits are not a function of its decoder's output, or its forward does not call
@@ -33,7 +37,7 @@ class SplitModel:
         if decoder is model:
             raise ValueError(f"{refused}: it has none apart (base_model_prefix={model.base_model_prefix!r}); {FIX}")
         self.model = model
-        self._decoder = torch.compile(decoder) if compiled else decoder
+        self.compiled = compiled_blocks(decoder) if compiled else {}
         self._given = _Given()
         self._rest = copy.copy(model)  # shallow: modules and parameters are the model's
         self._rest._modules = {n: self._given if m is decoder else m for n, m in model._modules.items()}
@@ -45,8 +49,15 @@ class SplitModel:
 
     def hidden(self, ids: Tensor, eager: bool = False) -> Tensor:
         """The decoder's output, `[B, T]` -> `[B, T, H]`; `eager`: in no case compiled, so that hooks are called."""
-        decoder = self.model.base_model if eager else self._decoder
-        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+        blocks = {} if eager else self.compiled
+        try:
+            for block, call in blocks.items():
+                block._compiled_call_impl = call
+            with whole_windows(self.model):
+                return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits for the decoder's output: `[B, T, H]` -> `[B, T, V]`."""
@@ -82,6 +93,12 @@ class SplitModel:
         if found.shape != expected.shape or not torch.allclose(found, expected, 0.0, bound, equal_nan=True):
             raise ValueError(f"{refused} alone: recomputed from it, they differ; {FIX}")
         return expected.shape[-1]
+
+
+def compiled_blocks(decoder: nn.Module, backend: str = "inductor") -> dict[nn.Module, Callable[..., Any]]:
+    """Blocks and their compiled calls; the decoder as a whole where transformers marks no blocks in it."""
+    blocks = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)] or [decoder]
+    return {block: torch.compile(block._call_impl, backend=backend) for block in blocks}
 
 
 class _Given(nn.Module):

@@ -180,8 +180,10 @@ def test_disabled_it_trains_as_plain_linears_do_bit_for_bit():
     plain, student = tiny(), tiny()
     prepare(student, recipe(), MinMax(), LSQ(), train_embeddings=True)
     set_phase(student, Phase.OFF)
-    for parametrized in [m for m in student.modules() if parametrize.is_parametrized(m)]:
-        parametrize.remove_parametrizations(parametrized, "weight", leave_parametrized=False)
+    for norm in [m for m in student.modules() if parametrize.is_parametrized(m)]:
+        weight, norm.__class__ = norm.parametrizations.weight.original, type(norm).__base__
+        del norm.parametrizations
+        norm.register_parameter("weight", weight)
     for model in (plain, student):
         trained = [p for n, p in model.named_parameters() if "_step" not in n]
         optimizer = torch.optim.AdamW(trained, lr=1e-3)

@@ -11,11 +11,12 @@ from qat.nn.observers.minmax import MinMax
 from qat.surgery.adapt import add_lora
 from qat.surgery.convert import apply, convert
 from qat.surgery.prepare import fake_quants, prepare
-from qat.training.certify import certify
+from qat.training.certify import certify, filled
 from qat.training.losses import Loss
 from qat.training.module import QATModule
 from qat.training.optim import Optim
 from qat.training.phases import PhaseSchedule
+from qat.training.split import compiled_blocks
 
 ADAPTER = LoRA(rank=4, alpha=8.0)
 PROMPTS = [torch.tensor([[5, 9, 200]]), torch.tensor([[7, 7]])]
@@ -91,11 +92,17 @@ def test_one_of_two_uses_that_training_bypasses_is_found(name, message):
 def test_a_compiled_graph_is_watched_too(adapter):
     """Linears, lookups and the tied head; and linears with an adapter."""
     trained = module(rules=None if adapter else embedded(), adapter=adapter, layers=1)
-    trained.split._decoder = torch.compile(trained.student.base_model, backend="aot_eager")
+    trained.split.compiled = compiled_blocks(trained.student.base_model, "aot_eager")
     trained.student.train()
     trained.forward_student(PROMPTS[0])  # compiled before anybody watches
     assert certify(trained, PROMPTS, "32-true")[2]["equal"] == (7 if adapter else 9)
     torch._dynamo.reset()
+
+
+def test_prompts_fill_a_batch_of_trainings_shape():
+    assert filled(PROMPTS, (2, 4)).tolist() == [[5, 9, 200, 7], [7, 5, 9, 200]]
+    assert filled(PROMPTS, (1, 2)).tolist() == [[5, 9]]
+    assert certify(module(), PROMPTS, "32-true", (2, 4))[2]["equal"] == 14
 
 
 def test_training_with_other_weights_is_found(monkeypatch):

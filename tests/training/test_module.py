@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 from tiny import recipe, tiny
+from torch._dynamo.utils import counters
 
 from qat.nn.estimators import LSQ, StraightThrough
 from qat.nn.observers.minmax import MinMax
@@ -11,6 +12,7 @@ from qat.training.losses import Loss
 from qat.training.module import QATModule
 from qat.training.optim import Optim
 from qat.training.phases import PhaseSchedule
+from qat.training.split import SplitModel, compiled_blocks
 
 
 def module(teacher="same", loss=None, **kwargs):
@@ -97,7 +99,8 @@ def test_a_nan_is_traced_to_the_module_that_produced_it():
     """Parameters are finite, and so is what reaches it. Compiled graphs call no hooks, so they are not asked."""
     found, calls = module(), []
     found.student.model.layers[1].mlp.act_fn.forward = lambda x: (x - x) / (x - x)
-    found.split._decoder = lambda **kwargs: calls.append(1) or found.student.base_model(**kwargs)
+    block = found.student.model.layers[0]
+    found.split.compiled = {block: lambda *args, **kwargs: calls.append(1) or block._call_impl(*args, **kwargs)}
     words = r"loss is nan at step 0 \(the output of model\.layers\.1\.mlp\.act_fn is not finite\); the last checkpoint"
     with pytest.raises(ValueError, match=words):
         found.training_step(BATCH, 0)
@@ -115,7 +118,7 @@ def test_a_teacher_that_is_not_finite_is_told_from_the_student():
 def test_a_compiled_decoder_trains_the_same():
     loss = Loss(kl=0.0, reverse_kl=1.0, jsd=1.0, ce=0.1)
     eager, compiled = module(loss=loss), module(loss=loss)
-    compiled.split._decoder = torch.compile(compiled.student.base_model, backend="aot_eager")
+    compiled.split.compiled = compiled_blocks(compiled.student.base_model, "aot_eager")
     for one in (eager, compiled):
         one.log_dict = lambda values: None
         one.student.train()
@@ -127,11 +130,45 @@ def test_a_compiled_decoder_trains_the_same():
             assert torch.allclose(ours[name].grad, parameter.grad, rtol=1e-4, atol=1e-6), name
 
 
-def test_compiling_is_of_the_decoder(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda model: asked.append(model) or model)
+def test_compiling_is_of_the_blocks_and_ends_with_the_forward(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, backend: call)
     found = module(compiled=True)
-    assert asked == [found.student.base_model]
+    for one in (found.split, found._teacher):
+        assert list(one.compiled) == list(one.model.model.layers)
+    found.parts(BATCH)
+    assert all(layer._compiled_call_impl is None for layer in found.student.model.layers)
+
+
+def test_one_compilation_serves_all_blocks_but_the_first():
+    """Whose input has no gradient."""
+    student = tiny(layers=5).train()
+    prepare(student, recipe(), MinMax(), LSQ())
+    split = SplitModel(student)
+    split.compiled = compiled_blocks(student.base_model, "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    split.hidden(BATCH).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "replayed"),
+    [
+        (PhaseSchedule(), [True] * 4),
+        (PhaseSchedule(start=1, freeze=2), [True, False, True, True]),
+        (PhaseSchedule(ramp=2), [True, False, True, True]),
+    ],
+)
+def test_what_is_replayed_is_settled(schedule, replayed, monkeypatch):
+    found = module()
+    found.schedule = schedule
+    monkeypatch.setattr(QATModule, "device", torch.device("cuda"))
+    for found.done, expected in enumerate(replayed):
+        assert found._replays() is expected
+    found.graphed = False
+    assert not found._replays()
 
 
 def test_validation_is_the_mean_over_predicted_tokens():
