@@ -51,7 +51,7 @@ def trained(graphed, estimator, autocast, loss, compiled=False, phase=Phase.LEAR
                     graph = GraphedLoss(module.parts, parameters, BATCHES[2].cuda())
                 parts = graph(ids.cuda()) if graphed else module.parts(ids.cuda())
             (parts["loss"] / 2).backward()
-            losses.append({name: float(value) for name, value in parts.items()})
+            losses.append({name: float(value.detach()) for name, value in parts.items()})
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
