@@ -20,8 +20,8 @@ def certify(
     The graph runs the prompts once more as in training: training mode, the same autocast, compiled if it was. Every
     fake-quantized weight that passes is compared, in the dtype in which it passes, with the dequantized codes; of an
     embedding, the rows that are looked up. An embedding and the head that is tied to it are two modules with one name
-    for their codes: each has to pass. A CUDA graph, which shows no weights, was held to the same functions when training
-    ended (`GraphedLoss.check`).
+    for their codes: each has to pass. A CUDA graph, which shows no weights, was held to the same functions when
+    training ended (`GraphedLoss.check`).
 
     Args:
         module: After its last optimizer step.
