@@ -10,7 +10,7 @@ written for a logit, in its dtype (bf16: 2 bytes each):
 
 KL needs no log sum exp beforehand: with u, v the distances of p's and q's logits from the largest of each,
 
-    KL(P || Q) = sum e^u (u - v) / sum e^u - log sum e^u + log sum e^v
+    KL(P || Q) = sum e^u (u - v) / sum e^u + log(sum e^v / sum e^u)
 
 A row's elements are adjacent, or the logits are copied first; rows may lie anywhere. Sums are fp32, in an order that V
 alone decides, so two runs are equal bit for bit. Nothing waits for the GPU or depends on values, so a CUDA graph may
@@ -154,11 +154,10 @@ def _kl(p_at, q_at, value, lse_p, lse_q, p_stride, q_stride, V, BLOCK: tl.conste
         weighted = (weighted + sum_p * (rise_q - rise_p)) * tl.exp(-rise_p) + tl.where(inside, e * (u - v), 0.0)
         sum_p = sum_p * tl.exp(-rise_p) + e
         sum_q = sum_q * tl.exp(-rise_q) + tl.exp(v)
-    all_p = tl.sum(sum_p)
-    log_p, log_q = tl.log(all_p), tl.log(tl.sum(sum_q))
-    tl.store(value + token, tl.sum(weighted) / all_p - log_p + log_q)
-    tl.store(lse_p + token, top_p + log_p)
-    tl.store(lse_q + token, top_q + log_q)
+    all_p, all_q = tl.sum(sum_p), tl.sum(sum_q)
+    tl.store(value + token, tl.sum(weighted) / all_p + tl.log(tl.div_rn(all_q, all_p)))  # exactly 0 of equal logits
+    tl.store(lse_p + token, top_p + tl.log(all_p))
+    tl.store(lse_q + token, top_q + tl.log(all_q))
 
 
 @triton.jit
