@@ -10,6 +10,8 @@ os.environ.setdefault("WANDB_SILENT", "true")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run without a GPU too; it must be set before Triton loads
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 # A job in the background starts with SIGINT ignored, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

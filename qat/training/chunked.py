@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.training.divergences import NO_TARGET, per_token
+from qat.kernels.divergences import NO_TARGET
+from qat.training.divergences import per_token
 from qat.training.losses import Loss
 from qat.training.split import SplitModel
 
-# Logits of one model at once: 1365 tokens of the demo model (vocabulary 49152), 128 MiB in bf16; three such tensors
-# exist together: student, teacher, gradient. On a CPU 2048 tokens take as long with 2**22 as with 2**28, so memory
-# decides. It is no smaller because a chunk costs launches on a GPU, whose matrix products want many rows.
-LOGITS = 2**26
+# Logits of one model at once, at most; three such tensors exist together: student, teacher, gradient, and one more for
+# each further part of the loss. On a CPU: 1365 tokens of the demo model (vocabulary 49152), 128 MiB in bf16 each; 2048
+# tokens take as long with 2**22 as with 2**28, so memory decides. Elsewhere a chunk costs some thirty launches and one
+# more sum of the gradients of a trained head, and matrix products want many rows: 5461 tokens, 512 MiB each, 1.5 GiB
+# in all, of the 80 that an H100 has.
+LOGITS_CPU, LOGITS = 2**26, 2**28
 
 Measure = Callable[[slice, Tensor], Tensor]  # a chunk and its hidden states [n, H] -> its share of the means [parts]
 
@@ -48,12 +51,13 @@ def chunked_loss(
         other = None
         if teacher is not None and given is not None:
             with torch.no_grad():
-                other = teacher.logits(given[None, chunk])[0]
-        found = per_token(loss, student.logits(part[None])[0], other, targets[chunk])
+                other = teacher.logits(given[None, chunk]).squeeze(0)
+        logits = student.logits(part[None]).squeeze(0)  # the gradient of [0] would be copied into zeros
+        found = per_token(loss, logits, other, targets[chunk])
         return torch.stack([found[n].sum() / (predicted if n == "ce" else ids.numel()) for n in loss.weights])
 
-    flat, size = hidden.flatten(0, 1), max(1, LOGITS // student.vocabulary)
-    chunks = [slice(start, start + size) for start in range(0, len(flat), size)]
+    flat = hidden.flatten(0, 1)
+    chunks = _chunks(len(flat), (LOGITS_CPU if flat.device.type == "cpu" else LOGITS) // student.vocabulary)
     weights, leaves = list(loss.weights.values()), student.head_parameters
     if torch.is_grad_enabled():
         total, means = _Chunked.apply(measure, weights, chunks, leaves, flat, *leaves)
@@ -61,6 +65,12 @@ def chunked_loss(
         means = torch.stack([measure(chunk, flat[chunk]) for chunk in chunks]).sum(0)
         total = _total(weights, means)
     return {"loss": total, **dict(zip(loss.weights, means.unbind(), strict=True))}
+
+
+def _chunks(tokens: int, most: int) -> list[slice]:
+    """As few as there can be of `most` tokens, all of one size but the last: 8192 in two are 4096 and 4096."""
+    size = -(-tokens // -(-tokens // max(1, most)))
+    return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
 def _total(weights: list[float], means: Tensor) -> Tensor:

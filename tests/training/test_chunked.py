@@ -106,7 +106,7 @@ def same(found, expected, rtol):
 def test_values_and_gradients_are_those_without_chunks(head, size, monkeypatch):
     if size == 1 and head != "trained":
         return  # one head at a token a time is enough
-    monkeypatch.setattr(chunked, "LOGITS", size * VOCABULARY)
+    monkeypatch.setattr(chunked, "LOGITS_CPU", size * VOCABULARY)
     student, ids = HEADS[head](), batch()
     teacher = copy.deepcopy(student)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_values_and_gradients_are_those_without_chunks(head, size, monkeypatch):
 
 def test_under_autocast_as_in_training(monkeypatch):
     """Cast weights are cached between chunks, and a plain head's is."""
-    monkeypatch.setattr(chunked, "LOGITS", 7 * VOCABULARY)
+    monkeypatch.setattr(chunked, "LOGITS_CPU", 7 * VOCABULARY)
     student, teacher, ids = tiny(tied=False), tiny(tied=False), batch()
     with torch.no_grad():
         teacher.lm_head.weight.mul_(1.5)
@@ -136,12 +136,90 @@ def test_under_autocast_as_in_training(monkeypatch):
     ) == pytest.approx(1, abs=1e-4)
 
 
+def given(device):
+    """What `chunked_loss` takes, of untied models with other weights than each other's; hidden states are leaves."""
+    student, teacher, ids = tiny(tied=False).to(device), tiny(tied=False).to(device), batch().to(device)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(1.5)
+        split, taught = SplitModel(student), SplitModel(teacher)
+        hidden, other = split.hidden(ids), taught.hidden(ids)
+    return split, hidden.requires_grad_(), taught, other, ids
+
+
+def gradients_of(parts, split, hidden):
+    found = torch.autograd.grad(parts["loss"], [hidden, split.model.lm_head.weight])
+    return dict(zip(("hidden", "head"), found, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_values_and_gradients_are_those_of_float64(device, monkeypatch):
+    for limit in ("LOGITS_CPU", "LOGITS"):
+        monkeypatch.setattr(chunked, limit, 7 * VOCABULARY)
+    split, hidden, taught, other, ids = given(device)
+    parts = chunked_loss(LOSS, split, hidden, taught, other, ids)
+    found = gradients_of(parts, split, hidden)
+    exact, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, split.model.lm_head.weight))
+    log_q = (exact @ weight.T).log_softmax(-1)
+    log_p = (other.double() @ taught.model.lm_head.weight.detach().double().T).log_softmax(-1)
+    log_m = (LOSS.beta * log_p.exp() + (1 - LOSS.beta) * log_q.exp()).log()
+
+    def kl(log_a, log_b):
+        return (log_a.exp() * (log_a - log_b)).sum(-1).mean()
+
+    expected = {
+        "kl": kl(log_p, log_q),
+        "reverse_kl": kl(log_q, log_p),
+        "jsd": LOSS.beta * kl(log_p, log_m) + (1 - LOSS.beta) * kl(log_q, log_m),
+        "ce": F.nll_loss(log_q[:, :-1].flatten(0, 1), ids[:, 1:].flatten()),
+    }
+    expected["loss"] = sum(factor * expected[name] for name, factor in LOSS.weights.items())
+    of_loss = torch.autograd.grad(expected["loss"], [exact, weight])
+    same({n: part.double() for n, part in parts.items()}, expected, 1e-5)
+    same({n: g.double() for n, g in found.items()}, dict(zip(found, of_loss, strict=True)), 2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_in_a_cuda_graph_it_is_replayed(dtype, monkeypatch):
+    monkeypatch.setattr(chunked, "LOGITS", 16 * VOCABULARY)
+    split, hidden, taught, other, ids = given("cuda")
+
+    def compute():
+        with torch.autocast("cuda", dtype, enabled=dtype is torch.bfloat16, cache_enabled=False):
+            parts = chunked_loss(LOSS, split, hidden, taught, other, ids)
+        return {**{n: part.detach() for n, part in parts.items()}, **gradients_of(parts, split, hidden)}
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            compute()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = compute()
+    for _ in range(2):
+        with torch.no_grad():
+            hidden.copy_(torch.randn_like(hidden))
+            other.copy_(torch.randn_like(other))
+            ids.copy_(batch())
+        graph.replay()
+        same(captured, compute(), 1e-6 if dtype is torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "sizes"), [(40, 7, [7] * 5 + [5]), (8192, 5461, [4096] * 2), (3, 0, [1] * 3)]
+)
+def test_chunks_are_few_and_alike(tokens, most, sizes):
+    assert [len(range(tokens)[chunk]) for chunk in chunked._chunks(tokens, most)] == sizes
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_a_gradient_there_is_the_value(mode, monkeypatch):
     student, ids = tiny(tied=False), batch()
     split = SplitModel(student)
     expected = chunked_loss(Loss(kl=0.0, ce=1.0), split, split.hidden(ids), None, None, ids)["ce"]
-    monkeypatch.setattr(chunked, "LOGITS", 7 * VOCABULARY)
+    monkeypatch.setattr(chunked, "LOGITS_CPU", 7 * VOCABULARY)
     with mode():
         found = chunked_loss(Loss(kl=0.0, ce=1.0), split, split.hidden(ids), None, None, ids)
     assert float(found["ce"]) == pytest.approx(float(expected), rel=1e-6)
@@ -166,7 +244,7 @@ class LargestLogits(TorchDispatchMode):
 @pytest.mark.parametrize("head", HEADS)
 def test_no_tensor_grows_with_batch_times_sequence_times_vocabulary(head, monkeypatch):
     tokens = 96
-    monkeypatch.setattr(chunked, "LOGITS", tokens * VOCABULARY)
+    monkeypatch.setattr(chunked, "LOGITS_CPU", tokens * VOCABULARY)
     student = HEADS[head]()
     module = QATModule(student, copy.deepcopy(student), LOSS, PhaseSchedule(), Optim(), 4)
     module.log_dict = lambda values: None

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qat.training import divergences
-from qat.training.divergences import NO_TARGET, cross_entropy, forward_kl, jsd, per_token, reverse_kl
+from qat.kernels import divergences
+from qat.kernels.divergences import NO_TARGET
+from qat.training.divergences import cross_entropy, forward_kl, jsd, per_token, reverse_kl
 from qat.training.losses import Loss
 
 N, V = 9, 50
