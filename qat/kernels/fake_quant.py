@@ -121,8 +121,7 @@ def _fake_quantize(
         result, s = fake_quantize_reference(
             x, scale, log_step, zero_point, zero_step, global_scale, levels, strength, dtype
         )
-    if _watcher is not None:
-        _watcher(watched, result, rows)
+    show(watched, result, rows)
     return result, s
 
 
@@ -154,6 +153,12 @@ def fake_quantize(
         The result, and the served scale in fp32, which the gradient needs; both of `rows` alone, where they are given.
     """
     return _fake_quantize(x, scale, log_step, zero_point, zero_step, global_scale, str(grid), strength, dtype, rows)
+
+
+def show(scale: Tensor, result: Tensor, rows: Tensor | None) -> None:
+    """Shows a fake-quantization that really ran to the watcher, if there is one."""
+    if _watcher is not None:
+        _watcher(scale, result, rows)
 
 
 @contextmanager

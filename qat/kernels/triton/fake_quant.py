@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.fake_quant import served_scale as torch_served_scale
-from qat.kernels.triton.levels import snap
+from qat.kernels.triton.levels import kind, snap
 from qat.kernels.triton.scales import EXACT, TINY, served_scale, served_zero
 from qat.kernels.triton.tiles import WARPS, tiles
 from qat.numerics.affine import served
@@ -21,9 +21,9 @@ EXP_IN_KERNEL = True  # libdevice's expf is torch's, bit for bit (test_scales.py
 
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
-    x, scale, log_step, zero_point, zero_step, result, s_out, groups,
+    x, scale, log_step, zero_point, zero_step, result, s_out, groups, low, high,
     SIZE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, PARTS: tl.constexpr,
-    GRID: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, TINY: tl.constexpr,
+    GRID: tl.constexpr, TINY: tl.constexpr,
     LEARNED: tl.constexpr, ZERO: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -34,14 +34,14 @@ def _kernel(  # type: ignore[no-untyped-def]
     s = served_scale(scale, log_step, g, there, LEARNED, TINY)
     z = s
     if ZERO:
-        z = served_zero(zero_point, zero_step, g, there, SHIFTED, LOW, HIGH)
+        z = served_zero(zero_point, zero_step, g, there, low, high, SHIFTED)
     if part == 0:
         tl.store(s_out + g, s, mask=there)
     at = g[:, None] * SIZE + e[None, :]
     mask = there[:, None] & (e < SIZE)[None, :]
     wide, zeros = tl.broadcast_to(s[:, None], (BLOCK_G, BLOCK_E)), tl.broadcast_to(z[:, None], (BLOCK_G, BLOCK_E))
     u = tl.div_rn(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), wide)
-    value = snap(u, zeros, GRID, LOW, HIGH, ZERO) * wide
+    value = snap(u, zeros, low, high, GRID, ZERO) * wide
     tl.store(result + at, value.to(result.dtype.element_ty), mask=mask)
 
 
@@ -70,9 +70,9 @@ def fake_quantize(
     parts = [None if t is None else t.contiguous() for t in (x, scale, log_step, zero_point, zero_step)]
     with torch.cuda.device_of(x):
         _kernel[(cut.programs,)](
-            *parts, result, s, groups,
+            *parts, result, s, groups, float(grid.low), float(grid.high),
             SIZE=size, BLOCK_G=cut.block_g, BLOCK_E=cut.block_e, PARTS=cut.parts,
-            GRID=str(grid), LOW=float(grid.low), HIGH=float(grid.high), TINY=tiny,
+            GRID=kind(grid), TINY=tiny,
             LEARNED=log_step is not None, ZERO=zero_point is not None, SHIFTED=zero_step is not None,
             num_warps=WARPS, **EXACT,
         )  # fmt: skip

@@ -21,36 +21,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.kernels.triton.levels import rint, snap
+from qat.kernels.triton.levels import kind, rint, snap
 from qat.kernels.triton.scales import served_zero
 from qat.kernels.triton.tiles import WARPS, tiles
-from qat.numerics.grid import Grid, IntGrid
+from qat.numerics.grid import Grid
 
 MASKS = ("all", "rounded", "between")  # (a), (b) and (c) of `nn/estimators.py`
 
 
 @triton.jit
-def _inside(u, z, MASK: tl.constexpr, INTEGER: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,  # type: ignore[no-untyped-def]
-            OUTER: tl.constexpr, ZERO: tl.constexpr):  # fmt: skip
-    low, high = LOW, HIGH
+def _inside(u, z, low, high, outer, MASK: tl.constexpr, GRID: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
     if ZERO:
-        low, high = LOW - z, HIGH - z
+        low, high = low - z, high - z
     if MASK == "between":
         inside = (u > low) & (u < high)
-    elif INTEGER:
+    elif GRID == "int":
         code = rint(u)
         inside = (code >= low) & (code <= high)
     else:
-        inside = (u > low - OUTER) & (u < high + OUTER)
+        inside = (u > low - outer) & (u < high + outer)
     return inside
 
 
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
-    grad, x, s_in, zero_point, zero_step, dx, dlog, dzero, factor, groups,
+    grad, x, s_in, zero_point, zero_step, dx, dlog, dzero, groups, low, high, outer, factor,
     SIZE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr,
-    GRID: tl.constexpr, INTEGER: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, OUTER: tl.constexpr,
-    MASK: tl.constexpr, ZERO: tl.constexpr, SHIFTED: tl.constexpr,
+    GRID: tl.constexpr, MASK: tl.constexpr, ZERO: tl.constexpr, SHIFTED: tl.constexpr,
     OF_X: tl.constexpr, OF_SCALE: tl.constexpr, OF_ZERO: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -59,7 +56,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     s = tl.load(s_in + g, mask=there, other=1.0)
     z = s
     if ZERO:
-        z = served_zero(zero_point, zero_step, g, there, SHIFTED, LOW, HIGH)
+        z = served_zero(zero_point, zero_step, g, there, low, high, SHIFTED)
     wide, zeros = tl.broadcast_to(s[:, None], (BLOCK_G, BLOCK_E)), tl.broadcast_to(z[:, None], (BLOCK_G, BLOCK_E))
     of_scale = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
     of_zero = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
@@ -71,10 +68,10 @@ def _kernel(  # type: ignore[no-untyped-def]
         lower = upper
         if MASK != "all":
             u = tl.div_rn(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), wide)
-            inside = _inside(u, zeros, MASK, INTEGER, LOW, HIGH, OUTER, ZERO)
+            inside = _inside(u, zeros, low, high, outer, MASK, GRID, ZERO)
             lower = upper * inside.to(tl.float32)  # a product, as the reference has it: -0 and NaN come out alike
             if OF_SCALE:
-                level = snap(u, zeros, GRID, LOW, HIGH, ZERO)
+                level = snap(u, zeros, low, high, GRID, ZERO)
                 of_scale += tl.where(inside, level - u, level) * upper
             if OF_ZERO:
                 of_zero += tl.where(inside, 0.0, upper)
@@ -122,11 +119,9 @@ def fake_quantize_backward(
     parts = [None if t is None else t.contiguous() for t in (grad, x, s, zero_point, zero_step)]
     with torch.cuda.device_of(x):
         _kernel[(cut.programs,)](
-            *parts, dx, dlog, dzero, factor, groups,
+            *parts, dx, dlog, dzero, groups, float(grid.low), float(grid.high), grid.outer, factor,
             SIZE=size, BLOCK_G=cut.block_g, BLOCK_E=cut.block_e, PARTS=cut.parts, CHUNKS=cut.chunks,
-            GRID=str(grid), INTEGER=isinstance(grid, IntGrid),
-            LOW=float(grid.low), HIGH=float(grid.high), OUTER=grid.outer,
-            MASK=mask, ZERO=zero_point is not None, SHIFTED=zero_step is not None,
+            GRID=kind(grid), MASK=mask, ZERO=zero_point is not None, SHIFTED=zero_step is not None,
             OF_X=of_x, OF_SCALE=of_scale, OF_ZERO=of_zero, num_warps=WARPS,
         )  # fmt: skip
     return dx, dlog, dzero

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from qat.numerics.grid import Codebook, Grid, IntGrid
+
 
 @triton.jit
 def rint(u):  # type: ignore[no-untyped-def]
@@ -17,10 +19,13 @@ def bits_of(u):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def snap(u, z, GRID: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The level nearest to u, saturating; z counts if ZERO. Comparisons let NaN through, as `clamp` does."""
+def snap(u, z, low, high, GRID: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The level nearest to u, saturating at low and high, which a zero point z shifts if ZERO.
+
+    Comparisons let NaN through, as `clamp` does.
+    """
     if GRID == "e2m1" or GRID == "e4m3":
-        inside = tl.where(u < LOW, LOW, tl.where(u > HIGH, HIGH, u))
+        inside = tl.where(u < low, low, tl.where(u > high, high, u))
         size = tl.abs(inside)
         if GRID == "e2m1":
             step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
@@ -34,7 +39,13 @@ def snap(u, z, GRID: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: 
         level = rint(u)
         if ZERO:
             level = level + z
-        level = tl.where(level < LOW, LOW, tl.where(level > HIGH, HIGH, level))
+        level = tl.where(level < low, low, tl.where(level > high, high, level))
         if ZERO:
             level = level - z
     return level
+
+
+def kind(grid: Grid) -> str:
+    """What `snap` calls a grid: integers of all widths are one kernel."""
+    assert not isinstance(grid, Codebook), f"{grid}: a codebook is looked up, not rounded to"
+    return "int" if isinstance(grid, IntGrid) else str(grid)

@@ -43,10 +43,10 @@ def served_scale(scale, log_step, at, mask, LEARNED: tl.constexpr, TINY: tl.cons
 
 
 @triton.jit
-def served_zero(zero_point, zero_step, at, mask, SHIFTED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):  # type: ignore[no-untyped-def]
+def served_zero(zero_point, zero_step, at, mask, low, high, SHIFTED: tl.constexpr):  # type: ignore[no-untyped-def]
     """`clamp(rint(zero_point + zero_step), qmin, qmax)` of the zero points at `at`, as fp32."""
     z = tl.load(zero_point + at, mask=mask, other=0).to(tl.float32)
     if SHIFTED:
         z = rint(z + tl.load(zero_step + at, mask=mask, other=0.0))
-        z = tl.where(z < LOW, LOW, tl.where(z > HIGH, HIGH, z)).to(tl.int8).to(tl.float32)
+        z = tl.where(z < low, low, tl.where(z > high, high, z)).to(tl.int8).to(tl.float32)
     return z

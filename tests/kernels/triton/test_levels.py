@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from qat.kernels.triton.levels import kind
 from qat.kernels.triton.levels import snap as snap_triton
 from qat.numerics.grid import FloatGrid, IntGrid
 from qat.numerics.levels import snap
@@ -18,10 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encount
 
 
 @triton.jit
-def _snap(u, z, out, n, B: tl.constexpr, GRID: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ZERO: tl.constexpr):
+def _snap(u, z, out, n, low, high, B: tl.constexpr, GRID: tl.constexpr, ZERO: tl.constexpr):
     at = tl.program_id(0) * B + tl.arange(0, B)
     mask = at < n
-    found = snap_triton(tl.load(u + at, mask=mask), tl.load(z + at, mask=mask).to(tl.float32), GRID, LOW, HIGH, ZERO)
+    found = snap_triton(tl.load(u + at, mask=mask), tl.load(z + at, mask=mask).to(tl.float32), low, high, GRID, ZERO)
     tl.store(out + at, found, mask=mask)
 
 
@@ -29,7 +30,7 @@ def run(u, z, grid):
     out = torch.empty_like(u)
     zero = torch.zeros_like(u) if z is None else z
     _snap[(triton.cdiv(u.numel(), 1024),)](
-        u, zero, out, u.numel(), 1024, str(grid), float(grid.low), float(grid.high), z is not None
+        u, zero, out, u.numel(), float(grid.low), float(grid.high), 1024, kind(grid), z is not None
     )
     return out
 
