@@ -9,12 +9,14 @@ the start, so that training begins exactly on what was observed:
     z = clamp(rint(zero_point + zero_step), qmin, qmax)
 
 The operator is opaque on purpose: inductor may replace a division by a product with a reciprocal and contract products
-and sums, either of which moves codes. `torch.compile` sees one call, and codes cannot move.
+and sums, either of which moves codes. `torch.compile` sees one call, and codes cannot move. On a GPU most calls are one
+Triton kernel (`fused` says which), with the same bits.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -54,6 +56,47 @@ def grid_of(name: str) -> Grid:
     return FloatGrid(name) if name in ("e4m3", "e2m1") else Codebook(name)
 
 
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def fused(kind: str, dtype: torch.dtype, grid: Grid, ramp: bool) -> bool:
+    """Whether Triton computes it: on CUDA, from fp32, bf16 or fp16, to integers or small floats, all of the way.
+
+    Args:
+        kind: Of device.
+        dtype: Of what is rounded.
+        grid: Its levels; codebooks stay with torch.
+        ramp: Whether the result goes only some of the way.
+    """
+    narrow = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return kind == "cuda" and narrow and isinstance(grid, IntGrid | FloatGrid) and not ramp and _has_triton()
+
+
+def fake_quantize_reference(
+    x: Tensor,
+    scale: Tensor,
+    log_step: Tensor | None,
+    zero_point: Tensor | None,
+    zero_step: Tensor | None,
+    global_scale: Tensor | None,
+    grid: Grid,
+    strength: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What the operator computes, in plain torch, of all rows; see `fake_quantize`."""
+    s = served(served_scale(scale, log_step), global_scale)
+    z = None
+    if zero_point is not None:
+        assert isinstance(grid, IntGrid)
+        z = served_zero(zero_point, zero_step, grid).float().unsqueeze(-1)
+    values = snap(group(x.float(), scale) / s.unsqueeze(-1), grid, z).mul_(s.unsqueeze(-1))
+    if strength is not None:
+        values = torch.lerp(group(x.float(), scale), values, float(strength))
+    return values.to(dtype).reshape(x.shape).contiguous(), s.contiguous()
+
+
 @torch.library.custom_op("qat::fake_quantize", mutates_args=())
 def _fake_quantize(
     x: Tensor,
@@ -70,24 +113,22 @@ def _fake_quantize(
     levels, watched = grid_of(grid), scale
     x, scale, log_step = taken(x, rows), taken(scale, rows), taken(log_step, rows)
     zero_point, zero_step = taken(zero_point, rows), taken(zero_step, rows)
-    s = served(served_scale(scale, log_step), global_scale)
-    z = None
-    if zero_point is not None:
-        assert isinstance(levels, IntGrid)
-        z = served_zero(zero_point, zero_step, levels).float().unsqueeze(-1)
-    values = snap(group(x.float(), scale) / s.unsqueeze(-1), levels, z).mul_(s.unsqueeze(-1))
-    if strength is not None:
-        values = torch.lerp(group(x.float(), scale), values, float(strength))
-    result = values.to(dtype).reshape(x.shape)
-    if _watcher is not None:
-        _watcher(watched, result, rows)
+    if fused(x.device.type, x.dtype, levels, strength is not None):
+        from qat.kernels.triton.fake_quant import fake_quantize as twin
+
+        result, s = twin(x, scale, log_step, zero_point, zero_step, global_scale, levels, dtype)
+    else:
+        result, s = fake_quantize_reference(
+            x, scale, log_step, zero_point, zero_step, global_scale, levels, strength, dtype
+        )
+    show(watched, result, rows)
     return result, s
 
 
 @_fake_quantize.register_fake
 def _(x, scale, log_step, zero_point, zero_step, global_scale, grid, strength, dtype, rows):  # type: ignore[no-untyped-def]
     x, scale = taken(x, rows), taken(scale, rows)
-    return torch.empty_like(x, dtype=dtype), torch.empty_like(scale, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), scale.new_empty(scale.shape, dtype=torch.float32)
 
 
 def fake_quantize(
@@ -112,6 +153,12 @@ def fake_quantize(
         The result, and the served scale in fp32, which the gradient needs; both of `rows` alone, where they are given.
     """
     return _fake_quantize(x, scale, log_step, zero_point, zero_step, global_scale, str(grid), strength, dtype, rows)
+
+
+def show(scale: Tensor, result: Tensor, rows: Tensor | None) -> None:
+    """Shows a fake-quantization that really ran to the watcher, if there is one."""
+    if _watcher is not None:
+        _watcher(scale, result, rows)
 
 
 @contextmanager

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.kernels.fake_quant import fake_quantize, served_scale, served_zero, taken
-from qat.nn.estimators import Estimator, Rounded
+from qat.nn.backward import fake_quantize_backward
+from qat.nn.dynamic import fake_quantize_dynamic
+from qat.nn.estimators import Estimator
+from qat.nn.interned import intern
 from qat.nn.observers.base import Observer, across_ranks
-from qat.numerics.affine import divisor, group, qparams, quantize, scale_dtype
-from qat.numerics.grid import IntGrid
-from qat.numerics.levels import snap
+from qat.numerics.affine import divisor, qparams, quantize, scale_dtype
+from qat.numerics.grid import Grid, IntGrid
 from qat.numerics.scheme import Scheme
 
 
@@ -65,6 +67,7 @@ class FakeQuantize(nn.Module):
         super().__init__()
         assert (shape is None) == scheme.dynamic, "static schemes keep scales of a known shape, dynamic ones none"
         self.scheme, self.observer, self.estimator, self.storage = scheme, observer, estimator, storage
+        self._names = intern(scheme), intern(observer)
         self.name, self.phase, self.running = name, Phase.OBSERVE, running
         self._strength: Tensor | None = None
         self._kept: dict[torch.dtype, Tensor] | None = None
@@ -136,6 +139,20 @@ class FakeQuantize(nn.Module):
             self.global_scale.copy_(g)
 
     @property
+    def estimator(self) -> Estimator:
+        """The gradient of rounding."""
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, value: Estimator) -> None:
+        self._estimator, self._rule = value, intern(value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.estimator = self._estimator  # another process has not interned them
+        self._names = intern(self.scheme), intern(self.observer)
+
+    @property
     def strength(self) -> float:
         """How far the result goes from the tensor to its grid: 1 is all the way."""
         return 1.0 if self._strength is None else float(self._strength)
@@ -173,20 +190,23 @@ class FakeQuantize(nn.Module):
     def _quantize(self, x: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         if self.phase is Phase.OBSERVE and self._gathers():
             self.observe(x)
-        more: dict[str, Any] = {"global_scale": self.global_scale, "strength": self._strength, "rows": rows}
         if self.scheme.dynamic:
-            scale, zero_point = self.observer.qparams(x, self.scheme, torch.float32, self.global_scale, check=False)
-            return _FakeQuantize.apply(x, None, None, scale, zero_point, self.scheme, self.estimator, dtype, more)
+            assert rows is None, "a lookup has a table, and its scales are kept"
+            return _Dynamic.apply(
+                x, self.global_scale, self._strength, self.scheme.grid, self._names, self._rule, dtype
+            )
+        more: dict[str, Any] = {"global_scale": self.global_scale, "strength": self._strength, "rows": rows}
         learns = self.phase is Phase.LEARN
         step = self.log_step if learns and self.estimator.learns_scale else self.log_step.detach()
-        shift = self.zero_step if learns or self.zero_step is None else self.zero_step.detach()
-        return _FakeQuantize.apply(
-            x, step, shift, self.scale, self.zero_point, self.scheme, self.estimator, dtype, more
-        )
+        shift: Tensor | None = self.zero_step
+        if shift is not None and not (learns and self.estimator.learns_zero):
+            shift = shift.detach()
+        return _FakeQuantize.apply(x, step, shift, self.scale, self.zero_point, self.scheme, self._rule, dtype, more)
 
     def _gathers(self) -> bool:
-        recomputed = torch._C._current_graph_task_id() != -1  # inside a backward pass: activation checkpointing
-        return hasattr(self, "seen") and self.training and not recomputed
+        if not (hasattr(self, "seen") and self.training):
+            return False  # before what a compiler cannot trace
+        return torch._C._current_graph_task_id() == -1  # not inside a backward pass: activation checkpointing
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
@@ -208,7 +228,7 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The opaque forward, and the estimator's backward. Saves only x and what is served: levels are recomputed."""
+    """The opaque forward, and the opaque backward. Saves only x and what is served: levels are recomputed."""
 
     @staticmethod
     def forward(
@@ -219,46 +239,71 @@ class _FakeQuantize(torch.autograd.Function):
         scale: Tensor,
         zero_point: Tensor | None,
         scheme: Scheme,
-        estimator: Estimator,
+        estimator: str,
         dtype: torch.dtype,
         more: dict[str, Any],
     ) -> Tensor:
         result, s = fake_quantize(
             x, scale, scheme.grid, dtype, log_step=log_step, zero_point=zero_point, zero_step=zero_step, **more
         )
-        if zero_point is not None:
-            assert isinstance(scheme.grid, IntGrid)
-            zero_point = served_zero(zero_point, zero_step, scheme.grid)
-        ctx.save_for_backward(x, s, zero_point, more["strength"], more["rows"])
-        ctx.scheme, ctx.estimator = scheme, estimator
+        ctx.save_for_backward(x, s, zero_point, zero_step, more["strength"], more["rows"])
+        ctx.grid, ctx.estimator = str(scheme.grid), estimator
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        whole, s, zero_point, strength, rows = ctx.saved_tensors
-        x, zero_point, grid, single = taken(whole, rows), taken(zero_point, rows), ctx.scheme.grid, s.dim() == 1
-        s = s.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1)
-        grad = group(grads[0].to(s.dtype), s.squeeze(-1))
-        u, low, high, z = group(x.to(s.dtype), s.squeeze(-1)) / s, grid.low, grid.high, None
-        if zero_point is not None:
-            z = zero_point.to(s.dtype).unsqueeze(-1)
-            low, high = low - z, high - z
-        elements = whole.shape[-1] if whole.dim() != 2 else whole.numel() if single else u.shape[-1]
-        rounded = Rounded(
-            u, snap(u, grid, z), low, high, grid.outer, isinstance(grid, IntGrid), grid.high, grid.reach, elements
-        )
-        dx, ds, dz = ctx.estimator.gradients(grad, rounded)
-        dlog = dzero = None
-        if ds is not None and ctx.needs_input_grad[1]:
-            dlog = (ds.sum(-1) * s.squeeze(-1)).to(torch.float32)  # d/dlog s = s d/ds
-        if dz is not None and ctx.needs_input_grad[2]:
-            dzero = (dz.sum(-1) * s.squeeze(-1)).to(torch.float32)
-        if strength is not None:  # of x + strength (Q(x) - x)
-            dx = dx * strength + grad * (1 - strength)
-            dlog, dzero = (None if d is None else d * strength for d in (dlog, dzero))
-        dx = dx.reshape(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dx, dlog, dzero = (_scattered(d, rows, len(whole)) for d in (dx, dlog, dzero))
+        whole, s, zero_point, zero_step, strength, rows = ctx.saved_tensors
+        x = taken(whole, rows)
+        found = fake_quantize_backward(
+            grads[0], x, s, ctx.grid, ctx.estimator, _elements(whole, x, s), ctx.needs_input_grad[:3],
+            zero_point=taken(zero_point, rows), zero_step=taken(zero_step, rows), strength=strength,
+        )  # fmt: skip
+        dx, dlog, dzero = (_scattered(d, rows, len(whole)) for d in found)
         return dx, dlog, dzero, None, None, None, None, None, None
+
+
+class _Dynamic(torch.autograd.Function):
+    """The same for a scale that x itself gives; the scale has no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        global_scale: Tensor | None,
+        strength: Tensor | None,
+        grid: Grid,
+        names: tuple[str, str],
+        estimator: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        result, s, zero_point = fake_quantize_dynamic(x, *names, dtype, global_scale=global_scale, strength=strength)
+        ctx.save_for_backward(x, s, zero_point, strength)
+        ctx.grid, ctx.estimator = str(grid), estimator
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, zero_point, strength = ctx.saved_tensors
+        wanted = (ctx.needs_input_grad[0], False, False)
+        dx, _, _ = fake_quantize_backward(
+            grads[0],
+            x,
+            s,
+            ctx.grid,
+            ctx.estimator,
+            _elements(x, x, s),
+            wanted,
+            zero_point=zero_point,
+            strength=strength,
+        )
+        return dx, None, None, None, None, None, None
+
+
+def _elements(whole: Tensor, x: Tensor, s: Tensor) -> int:
+    """Elements that share a scale, as `Rounded` counts them, of `x`, which is `whole` or some of its rows."""
+    if whole.dim() != 2:
+        return whole.shape[-1]
+    return whole.numel() if s.dim() == 1 else x.numel() // s.numel()
 
 
 def _scattered(grad: Tensor | None, rows: Tensor | None, count: int) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from tiny import scheme
 from tiny_grids import DTYPES, OTHERS, bits, thousand_seeds
 
-from qat.kernels.fake_quant import _fake_quantize, fake_quantize, grid_of, served_scale, served_zero, watch
+from qat.kernels.fake_quant import _fake_quantize, fake_quantize, fused, grid_of, served_scale, served_zero, watch
 from qat.numerics.affine import dequantize, divisor, quantize, rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import Codebook, FloatGrid, IntGrid
@@ -175,6 +175,18 @@ def test_a_watcher_sees_eager_and_compiled_calls():
 @pytest.mark.parametrize("grid", [IntGrid(3), FloatGrid("e4m3"), FloatGrid("e2m1"), Codebook("nf4")], ids=str)
 def test_a_grid_comes_back_from_its_name(grid):
     assert grid_of(str(grid)) == grid
+
+
+def test_what_triton_computes(monkeypatch):
+    monkeypatch.setattr("qat.kernels.fake_quant._has_triton", lambda: True)
+    for grid in (IntGrid(2), IntGrid(8), FloatGrid("e4m3"), FloatGrid("e2m1")):
+        assert all(fused("cuda", dtype, grid, False) for dtype in DTYPES)
+        assert not fused("cpu", torch.float32, grid, False)
+        assert not fused("cuda", torch.float64, grid, False)
+        assert not fused("cuda", torch.float32, grid, True)
+    assert not fused("cuda", torch.float32, Codebook("nf4"), False)
+    monkeypatch.setattr("qat.kernels.fake_quant._has_triton", lambda: False)
+    assert not fused("cuda", torch.float32, IntGrid(4), False)
 
 
 @pytest.mark.gpu

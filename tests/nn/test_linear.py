@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny import scheme
 from torch import nn
 
-from qat.nn.estimators import LSQ
+from qat.nn.estimators import LSQ, Clipped
 from qat.nn.fake_quantize import FakeQuantize, Phase
 from qat.nn.linear import QATLinear
 from qat.nn.observers.minmax import MinMax
@@ -74,3 +74,19 @@ def test_inputs_are_quantized_per_token():
     codes, scale, _ = rtn(x, token, torch.float32)
     rounded = dequantize(codes, scale, None, torch.float32)
     assert torch.equal(quantized(x), make(linear)(rounded))
+
+
+def test_compiled_with_a_dynamic_input_it_is_one_graph_and_computes_the_same():
+    token = Scheme(IntGrid(8), PerToken(), dynamic=True, convention="vllm")
+    quantized = make(nn.Linear(64, 16), FakeQuantize(token, None, MinMax(), Clipped(), torch.bfloat16, "x"))
+    x, grad, found = torch.randn(2, 5, 64), torch.randn(2, 5, 16), []
+    torch._dynamo.reset()
+    for call in (quantized, torch.compile(quantized, backend="aot_eager", fullgraph=True)):
+        quantized.zero_grad(set_to_none=True)
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call(leaf)
+        y.backward(grad.to(y.dtype))
+        found.append([y, leaf.grad, *(p.grad for p in quantized.parameters() if p.requires_grad)])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*found, strict=True))
+    torch._dynamo.reset()
