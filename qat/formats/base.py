@@ -4,6 +4,7 @@ A checkpoint is read lazily, one tensor at a time, so that an engine never holds
 and JSON are read; nothing is unpickled.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -82,10 +83,15 @@ def digest(tensor: Tensor) -> str:
     return sha.hexdigest()
 
 
-def quantized_digests(name: str, tensor: QuantizedTensor) -> dict[str, str]:
-    """Digests of a quantized weight's parts, keyed `<module>.codes`, `.scale` and, where it has one, `.zero_point`."""
+def certified_parts(name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """A quantized weight's parts, keyed `<module>.codes`, `.scale` and, where it has one, `.zero_point`."""
     parts = {"codes": tensor.codes, "scale": tensor.scale, "zero_point": tensor.zero_point}
-    return {f"{name}.{part}": digest(value) for part, value in parts.items() if value is not None}
+    return {f"{name}.{part}": value for part, value in parts.items() if value is not None}
+
+
+def quantized_digests(name: str, tensor: QuantizedTensor) -> dict[str, str]:
+    """Digests of a quantized weight's parts."""
+    return {key: digest(value) for key, value in certified_parts(name, tensor).items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -145,18 +151,17 @@ class Reader:
         certificate = path / CERTIFICATE
         certified = certificate.exists() and "sha256" in read_json(certificate)
         self._digests = _strings(certificate, "sha256") if certified else {}
+        self._open = functools.cache(lambda file: safe_open(file, framework="pt"))  # opening parses the whole header
 
     def raw(self, name: str) -> Tensor:
         """The tensor of this name as the file has it."""
         if name not in self.files:
             raise ValueError(f"{self.path}: tensor {name} is missing")
-        with safe_open(self.files[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+        return self._open(self.files[name]).get_tensor(name)
 
     def dtype(self, name: str) -> str:
         """The stored dtype of a tensor, by its torch name, read from the header alone."""
-        with safe_open(self.files[name], framework="pt") as handle:
-            stored = handle.get_slice(name).get_dtype()
+        stored = self._open(self.files[name]).get_slice(name).get_dtype()
         return next((str(dtype).removeprefix("torch.") for dtype, name in STORED.items() if name == stored), stored)
 
     def plain(self, name: str) -> Tensor:

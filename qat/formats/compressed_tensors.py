@@ -32,6 +32,7 @@ from qat.formats.base import (
     Checkpoint,
     Lazy,
     Reader,
+    certified_parts,
     linear_names,
     read_json,
     unquantized_state,
@@ -125,16 +126,16 @@ def state(
 
 
 def pack_tensor(tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """A quantized weight as the format's tensors."""
+    """A quantized weight as the format's tensors, on the CPU; packed where it lies."""
     bits = tensor.scheme.grid.bits
     parts = {
-        "weight_packed": pack(tensor.codes.cpu().to(torch.int16) + offset(bits), bits),
+        "weight_packed": pack(tensor.codes.to(torch.int16) + offset(bits), bits).cpu(),
         "weight_scale": tensor.scale.cpu().contiguous(),
         "weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
     }
     if tensor.zero_point is not None:
-        unsigned = tensor.zero_point.cpu().to(torch.int16) + offset(bits)
-        parts["weight_zero_point"] = pack(unsigned.T, bits).T.contiguous()
+        unsigned = tensor.zero_point.to(torch.int16) + offset(bits)
+        parts["weight_zero_point"] = pack(unsigned.T, bits).T.contiguous().cpu()
     return parts
 
 
@@ -321,8 +322,7 @@ def load(path: Path | str) -> Checkpoint:
             tensor = unpack_tensor(name, {p: reader.raw(f"{name}.{p}") for p in wanted}, schemes[name])
         except ValueError as error:
             raise ValueError(f"{reader.files[f'{name}.weight_packed']}: {error}") from None
-        values = {"codes": tensor.codes, "scale": tensor.scale, "zero_point": tensor.zero_point}
-        reader.check({f"{name}.{part}": value for part, value in values.items() if value is not None}, name)
+        reader.check(certified_parts(name, tensor), name)
         return tensor
 
     plain = [name for name in reader.files if name not in parts]

@@ -98,12 +98,16 @@ def load(
         ) from error
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{source}: quantized already; qat starts from full precision")
-    # transformers fills what a file lacks with random numbers, and only warns.
-    if lost := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
-        raise ValueError(f"{source}: tensor {lost[0]} is missing or has another shape ({len(lost)} in all)")
+    _check_complete(source, found)
     model.config.use_cache = False
     _round(model, dtype)
     return model.eval(), tokenizer
+
+
+def _check_complete(source: str, found: dict[str, Any]) -> None:
+    """transformers fills what a file lacks with random numbers, and only warns."""
+    if lost := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise ValueError(f"{source}: tensor {lost[0]} is missing or has another shape ({len(lost)} in all)")
 
 
 @torch.no_grad()
@@ -118,22 +122,29 @@ def _rebuilt_gguf(file: Path) -> str:
     """A Hugging Face directory with a GGUF file's model, made once.
 
     transformers refuses `.float()` and `save_pretrained` on a model that it read from GGUF; one rebuilt from its config
-    and state dict gives the same logits without that memory, and reading it takes a second instead of half a minute.
+    and state dict gives the same logits without that memory, and reading it takes a second instead of ten.
     """
     with file.open("rb") as handle:
         sha = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
     target = cache_dir() / "models" / f"{file.stem}-{sha}-transformers-{transformers.__version__}"
     if (target / "config.json").is_file():
         return str(target)
+    from qat.models.gguf import parsed_once
+
     try:
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with parsed_once():
+            read, found = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{file}: transformers cannot read this GGUF file ({error})") from error
+    _check_complete(str(file), found)
     config = copy.deepcopy(read.config)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
+    with torch.device("meta"):  # nothing is initialized, and what is not in the state dict is not saved either
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict(), assign=True)
     part = target.with_name(f".{target.name}.{os.getpid()}")
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat.kernels.gptq_columns import forget, round_block
 from qat.models.families import structure_of
 from qat.nn.observers.base import Observer
 from qat.numerics.affine import divisor, group, served
 from qat.numerics.granularity import PerTensor
-from qat.numerics.levels import code_dtype, encode, snap
+from qat.numerics.levels import code_dtype
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme
@@ -86,6 +87,7 @@ def gptq(
     seen = apply(model, rounded.tensors, {})  # the first block, too, sees what is served: a quantized embedding
     changes = walk(seen, batches, structure.blocks, visit, True, recipe, store, progress)
     changes.add(rounded)
+    forget()
     return changes
 
 
@@ -184,12 +186,12 @@ def quantize_rows(
     weight = weight_OI.float()
     g = divisor((weight,), scheme)  # of all rows: stacked linears share it
     scale, zero_point = observer.qparams(weight, scheme, dtype, g)
-    columns = weight.shape[1]
-    order = hessian_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
+    width = weight.shape[1]
+    order = hessian_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(width)
     order = order.to(weight.device)
     factor, used, failure = inverse_factor(hessian_II[order][:, order], damping)
     if factor is None:
-        factor = torch.eye(columns, device=weight.device)  # no compensation: round to nearest
+        factor = torch.eye(width, device=weight.device)  # no compensation: round to nearest
 
     def spread(values: Tensor) -> Tensor:  # a value for each element, columns in the order in which they are taken
         return values.float().unsqueeze(-1).expand(group(weight, values).shape).reshape(weight.shape)[:, order]
@@ -197,17 +199,11 @@ def quantize_rows(
     s, z = spread(served(scale, g)), None if zero_point is None else spread(zero_point)
     codes = torch.empty(weight.shape, dtype=code_dtype(scheme.grid), device=weight.device)
     rest, losses = weight[:, order].clone(), torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    for begin in range(0, columns, block_size):
-        end = min(begin + block_size, columns)
-        errors = torch.empty(weight.shape[0], end - begin, device=weight.device)
-        for i in range(begin, end):
-            w = rest[:, i]
-            zero = None if z is None else z[:, i]
-            level = snap(w / s[:, i], scheme.grid, zero)
-            error = (w - level * s[:, i]) / factor[i, i]
-            rest[:, i + 1 : end].addr_(error, factor[i, i + 1 : end], alpha=-1.0)
-            codes[:, i], errors[:, i - begin] = encode(level, scheme.grid, zero), error
-        rest[:, end:].addmm_(errors, factor[begin:end, end:], alpha=-1.0)
+    for begin in range(0, width, block_size):
+        now = slice(begin, min(begin + block_size, width))
+        zeros = None if z is None else z[:, now]
+        codes[:, now], errors = round_block(rest[:, now], s[:, now], zeros, factor[now, now], scheme.grid)
+        rest[:, now.stop :].addmm_(errors, factor[now, now.stop :], alpha=-1.0)
         losses += errors.double().square().sum(1) / 2
     restored = torch.empty_like(codes)
     restored[:, order] = codes
