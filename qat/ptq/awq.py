@@ -78,7 +78,7 @@ def awq(
     def visit(block: Block) -> Changes:
         schemes, changes = targets(block, plan), Changes()
         weights = {name: block.module.get_parameter(f"{name}.weight").to(torch.float32, copy=True) for name in schemes}
-        heard = Heard.of(block, list(schemes), [s.inspect for s in structure.smoothings])
+        heard = Heard.of(block, list(schemes), [s.inspect for s in structure.smoothings], clip)
         for smoothing in structure.smoothings:
             if search.foldable(block, smoothing, weights):
                 row, scales = search.smooth(block, smoothing, schemes, weights, heard)
@@ -104,7 +104,7 @@ class Heard:
 
     Attributes:
         x_mean: Linear to the mean |x| of its in-features, fp32 `[I]`.
-        grams: Linear to x^T x / T, fp32 `[I, I]`.
+        grams: Linear to x^T x / T, fp32 `[I, I]`, where asked for.
         calls: Inspected module to (args, kwargs, output) of each batch.
     """
 
@@ -113,7 +113,7 @@ class Heard:
     calls: dict[str, list[tuple[Any, Any, Tensor]]] = field(default_factory=dict)
 
     @staticmethod
-    def of(block: Block, linears: list[str], inspected: list[str]) -> "Heard":
+    def of(block: Block, linears: list[str], inspected: list[str], grams: bool) -> "Heard":
         """Runs the block on all of its inputs.
 
         Raises:
@@ -128,7 +128,8 @@ class Heard:
                 if name in counts:
                     x = rows(args[0]).float()
                     heard.x_mean[name] = heard.x_mean.get(name, 0) + x.abs().sum(0)
-                    heard.grams[name] = heard.grams.get(name, 0) + x.T @ x
+                    if grams:
+                        heard.grams[name] = heard.grams.get(name, 0) + x.T @ x
                     counts[name] += len(x)
 
             return hook
@@ -142,14 +143,16 @@ class Heard:
             for handle in handles:
                 handle.remove()
         for name, count in counts.items():
-            heard.x_mean[name], heard.grams[name] = heard.x_mean[name] / count, heard.grams[name] / count
-            if not bool(torch.isfinite(heard.grams[name]).all()):
+            heard.x_mean[name] = heard.x_mean[name] / count
+            if grams:
+                heard.grams[name] = heard.grams[name] / count
+            if not bool(torch.isfinite(heard.x_mean[name]).all()):
                 raise ValueError(f"{block.name}.{name}: its inputs are not finite on the calibration data")
         return heard
 
     def scale(self, linears: tuple[str, ...], scales_I: Tensor) -> None:
         """The same for inputs that are divided by scales."""
-        for name in linears:
+        for name in self.grams.keys() & set(linears):
             self.grams[name] = self.grams[name] / scales_I[:, None] / scales_I
 
 
@@ -182,24 +185,22 @@ class Search:
         inspect, calls = block.module.get_submodule(smoothing.inspect), heard.calls[smoothing.inspect]
         linears = {name: block.module.get_submodule(name) for name in smoothing.linears}
 
-        def loss(scales: Tensor) -> float:
+        def loss(scales: Tensor) -> Tensor:
             for name, linear in linears.items():
                 scheme, like = schemes[name], (n for n in linears if schemes[n] == schemes[name])
                 g = divisor((weights[n] * scales for n in like), scheme)
-                rounded = _round(weights[name] * scales, scheme, self.observer, self.dtype, g)
+                rounded = _round(weights[name] * scales, scheme, self.observer, self.dtype, g, check=False)
                 linear.weight.copy_(rounded.dequantize(torch.float32) / scales)  # type: ignore[operator]
-            error = [_first(inspect(*args, **kwargs)).float() - output.float() for args, kwargs, output in calls]
-            return float(sum(e.square().sum(dtype=torch.float64) for e in error)) / sum(e.numel() for e in error)
+            error = (_first(inspect(*args, **kwargs)).float() - output.float() for args, kwargs, output in calls)
+            return torch.stack([e.square().sum(dtype=torch.float64) for e in error]).sum()
 
-        identity = loss(torch.ones_like(x_mean))
-        best, ratio, scales = identity, None, None
-        for k in range(self.grid):
-            r = k / max(self.grid - 1, 1)
-            tried = candidate(x_mean, w_mean, r, self.duo_scaling)
-            tried = absorbed(block, smoothing, tried, self.dtype)
-            if (found := loss(tried)) < best:
-                best, ratio, scales = found, r, tried
-        assert best <= identity, "the identity is a candidate"
+        ratios = [None, *(k / max(self.grid - 1, 1) for k in range(self.grid))]
+        tried = [None if r is None else candidate(x_mean, w_mean, r, self.duo_scaling) for r in ratios]
+        tried = [None if s is None else absorbed(block, smoothing, s, self.dtype) for s in tried]
+        sums = torch.stack([loss(torch.ones_like(x_mean) if s is None else s) for s in tried])
+        losses = (sums / sum(output.numel() for _, _, output in calls)).tolist()  # a GPU's host waits once
+        identity, best = losses[0], min(losses)  # the identity, if no other is better
+        ratio, scales = ratios[losses.index(best)], tried[losses.index(best)]
         for name, linear in linears.items():
             linear.weight.copy_(weights[name])  # type: ignore[operator]
         seconds = time.monotonic() - start
@@ -299,12 +300,13 @@ def _round(
     dtype: torch.dtype,
     g: Tensor | None,
     gram: Tensor | None = None,
+    check: bool = True,
 ) -> QuantizedTensor:
     if gram is None:
         found = observer.observe(weight, scheme, dtype, g)
     else:
         found = clipped_range(weight, gram, scheme, dtype, g)
-    scale, zero_point = qparams(*found, scheme, dtype, g)
+    scale, zero_point = qparams(*found, scheme, dtype, g, check)
     codes = quantize(weight, scale, zero_point, scheme.grid, g)
     return QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape), g)
 

@@ -8,6 +8,7 @@ never excites keeps its weight (the paper's code zeroes it) and is rounded to ne
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from qat.surgery.match import match
 from qat.surgery.walk import Block, Changes, walk
 
 MAX_DAMPING = 1.0
+
+
+class _Heard(Exception):
+    """Nothing went wrong: what a block goes on to do with the inputs of a stage is not needed."""
 
 
 @torch.no_grad()
@@ -97,9 +102,15 @@ def _quantize_stage(block: Block, names: list[str], schemes: dict[str, Scheme], 
     first = linears[names[0]]
     assert isinstance(first, nn.Linear)
     hessian = torch.zeros(first.in_features, first.in_features, device=first.weight.device)
-    with listening(first, lambda args, _: accumulate_hessian(hessian, rows(args[0]))):
-        for _ in block.run():
-            pass
+
+    def hear(args: tuple[Any, ...], _: dict[str, Any]) -> None:
+        accumulate_hessian(hessian, rows(args[0]))
+        raise _Heard
+
+    with listening(first, hear):
+        for index in range(len(block.inputs)):
+            with suppress(_Heard):
+                block.output(index)
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError(f"{block.name}.{names[0]}: its inputs are not finite on the calibration data")
     changes = Changes()

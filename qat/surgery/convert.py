@@ -147,23 +147,37 @@ def apply(
     """
     shared = {id(p): p for p in model.parameters()} | {id(b): b for b in model.buffers()}
     result = copy.deepcopy(model, memo=dict(shared))
+    places = _places(result)
     for name, tensor in tensors.items():
-        _replace(result, f"{name}.weight", tensor.dequantize(dtype or model.get_parameter(f"{name}.weight").dtype))
+        weight = f"{name}.weight"
+        _replace(result, places, weight, tensor.dequantize(dtype or model.get_parameter(weight).dtype))
     for name, value in folded.items():
         if not is_input_scale(name):
-            _replace(result, name, value)
+            _replace(result, places, name, value)
     if recipe is not None:
         quantize_inputs(result, recipe, folded)
         quantize_kv(result, recipe.kv)
     return result
 
 
-def _replace(model: nn.Module, name: str, value: Tensor) -> None:
+Places = dict[nn.Parameter, list[tuple[nn.Module, str]]]
+
+
+def _places(model: nn.Module) -> Places:
+    """Every module that holds a parameter, and the name by which it does: several where the parameter is tied."""
+    places: Places = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module, key))
+    return places
+
+
+def _replace(model: nn.Module, places: Places, name: str, value: Tensor) -> None:
     old = model.get_parameter(name)
     if old.shape != value.shape:
         raise ValueError(f"{name}: of shape {tuple(value.shape)}, but the model has {tuple(old.shape)}")
     new = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
-    for module in model.modules():  # all of them: the parameter may be tied
-        for key, parameter in module._parameters.items():
-            if parameter is old:
-                module._parameters[key] = new
+    places[new] = places.pop(old)
+    for module, key in places[new]:
+        module._parameters[key] = new
