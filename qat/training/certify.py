@@ -20,7 +20,8 @@ def certify(
     The graph runs the prompts once more as in training: training mode, the same autocast, compiled if it was. Every
     fake-quantized weight that passes is compared, in the dtype in which it passes, with the dequantized codes; of an
     embedding, the rows that are looked up. An embedding and the head that is tied to it are two modules with one name
-    for their codes: each has to pass.
+    for their codes: each has to pass. A CUDA graph, which shows no weights, was held to the same functions when
+    training ended (`GraphedLoss.check`).
 
     Args:
         module: After its last optimizer step.
@@ -30,7 +31,8 @@ def certify(
             shape would be another compilation.
 
     Returns:
-        The pair of `convert`, and `{"modules", "equal", "dtype"}` for the certificate.
+        The pair of `convert`, and `{"modules", "equal", "dtype"}` for the certificate; with `"replayed": True` where
+        training was.
 
     Raises:
         ValueError: A weight is not finite (`convert`).
@@ -67,7 +69,8 @@ def certify(
         name, lookup = lost[0]
         raise AssertionError(f"{name}: training does not {'look anything up in' if lookup else 'compute with'} it")
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in seen.values()})
-    return tensors, folded, {"modules": len(uses), "equal": len(seen), "dtype": ", ".join(dtypes)}
+    evidence: dict[str, object] = {"modules": len(uses), "equal": len(seen), "dtype": ", ".join(dtypes)}
+    return tensors, folded, evidence | ({"replayed": True} if module.replayed else {})
 
 
 def filled(prompts: list[Tensor], shape: tuple[int, int]) -> Tensor:

@@ -42,16 +42,16 @@ def _seed(seed: int, epoch: int) -> int:
 
 
 class Windows:
-    """Windows one at a time, in order. Not a DataLoader: that draws from the global random state."""
+    """Windows in order, some at a time. Not a DataLoader: that draws from the global random state."""
 
-    def __init__(self, windows: Tensor):
-        self.windows = windows
+    def __init__(self, windows: Tensor, batch_size: int):
+        self.batches = windows.split(batch_size)
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.windows.split(1))
+        return iter(self.batches)
 
 
 class TokenData(pl.LightningDataModule):
@@ -84,4 +84,4 @@ class TokenData(pl.LightningDataModule):
 
     def val_dataloader(self) -> Windows | list[Windows]:
         """Validation windows; none if the split has none."""
-        return [] if self.validation is None else Windows(self.validation)
+        return [] if self.validation is None else Windows(self.validation, self.batch_size)

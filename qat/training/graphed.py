@@ -31,7 +31,7 @@ class GraphedLoss:
     def __init__(self, function: Function, parameters: Sequence[nn.Parameter], *inputs: Tensor):
         device = inputs[0].device
         assert device.type == "cuda", f"CUDA graphs are captured on CUDA devices, not on {device}"
-        self.parameters = list(parameters)
+        self._function, self.parameters = function, list(parameters)
         self._inputs = [value.clone() for value in inputs]
         self._graph = torch.cuda.CUDAGraph()
         with torch.autocast("cuda", cache_enabled=False, **_autocast()):  # a cached cast would be no part of the graph
@@ -56,6 +56,16 @@ class GraphedLoss:
         parts = {name: value.clone() for name, value in self._parts.items()}
         parts["loss"] = _Replayed.apply(parts["loss"], self._grads, *self.parameters)
         return parts
+
+    def check(self) -> None:
+        """Asserts that the function gives the same loss, bit for bit, for the inputs of the last call."""
+        with torch.autocast("cuda", cache_enabled=False, **_autocast()), torch.enable_grad():
+            expected = self._function(*self._inputs)["loss"].detach()
+        self._graph.replay()
+        found = self._parts["loss"]
+        assert torch.equal(found, expected), (
+            f"the replayed loss is {float(found)}, that of the function {float(expected)}"
+        )
 
     def _gradients(self, parts: dict[str, Tensor]) -> list[Tensor | None]:
         return list(torch.autograd.grad(parts["loss"], self.parameters, allow_unused=True))

@@ -72,6 +72,7 @@ class QATModule(pl.LightningModule):
         self._rng: dict[str, Any] | None = None
         self.graphed = graphed
         self._graph: tuple[tuple[Any, ...], GraphedLoss] | None = None  # and what it was captured for
+        self.replayed = False  # whether the last step was, and agrees with what certify watches
         self.done = 0  # optimizer steps taken; a Trainer that only tests does not know them
         self._observed: int | None = None  # `done` when scales were last taken from the weights
 
@@ -162,9 +163,12 @@ class QATModule(pl.LightningModule):
             self._graph = key, GraphedLoss(self.parts, trained, batch)
         return self._graph[1](batch)
 
-    def on_fit_end(self) -> None:
-        """Gives the memory of the captured graph back."""
-        self._graph = None
+    def on_train_end(self) -> None:
+        """Holds what was replayed to what hooks can see (`certify`), while both have the weights; frees its memory."""
+        if self._graph is not None:
+            with self.trainer.precision_plugin.train_step_context():
+                self._graph[1].check()
+            self._graph, self.replayed = None, True
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

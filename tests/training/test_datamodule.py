@@ -49,12 +49,20 @@ def test_iterating_leaves_the_global_random_state_alone():
     iterator = iter(Batches(torch.arange(8)[:, None], 2, seed=0))
     for _ in range(9):
         next(iterator)
-    list(Windows(torch.arange(8)[:, None]))
+    list(Windows(torch.arange(8)[:, None], 3))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_validation_comes_in_batches_and_leaves_none_out():
+    windows = torch.arange(8)[:, None]
+    batches = list(Windows(windows, 3))
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    assert len(Windows(windows, 3)) == 3
+    assert torch.equal(torch.cat(batches), windows)
 
 
 def test_validation_takes_what_there_is(tmp_path):
     data = TokenData(tokens(tmp_path / "t", held_out=100), 16, 2, val_windows=4)
-    assert [tuple(w.shape) for w in data.val_dataloader()] == [(1, 16)] * 4
-    assert len(TokenData(tokens(tmp_path / "t", held_out=40), 16, 2, val_windows=4).val_dataloader()) == 2
+    assert [tuple(w.shape) for w in data.val_dataloader()] == [(2, 16)] * 2
+    assert len(TokenData(tokens(tmp_path / "t", held_out=40), 16, 2, val_windows=4).val_dataloader()) == 1
     assert TokenData(tokens(tmp_path / "t", held_out=8), 16, 2).val_dataloader() == []

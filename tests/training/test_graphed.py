@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from tiny import recipe, tiny
+from tiny import recipe, tiny, tokens
 
 from qat.nn.estimators import LSQ, Clipped
 from qat.nn.fake_quantize import Phase
 from qat.nn.observers.minmax import MinMax
 from qat.surgery.prepare import prepare, set_phase
+from qat.training.certify import certify
+from qat.training.fit import Training, fit
 from qat.training.graphed import GraphedLoss, _Replayed
 from qat.training.losses import Loss
 from qat.training.module import QATModule
@@ -51,7 +53,7 @@ def trained(graphed, estimator, autocast, loss, compiled=False, phase=Phase.LEAR
                     graph = GraphedLoss(module.parts, parameters, BATCHES[2].cuda())
                 parts = graph(ids.cuda()) if graphed else module.parts(ids.cuda())
             (parts["loss"] / 2).backward()
-            losses.append({name: float(value) for name, value in parts.items()})
+            losses.append({name: float(value.detach()) for name, value in parts.items()})
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -71,6 +73,37 @@ def test_replayed_training_is_eager_training_bit_for_bit(estimator, loss, autoca
     assert losses[0] != losses[2], "an optimizer step reaches the graph"
     for name, parameter in parameters.items():
         assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_graph_that_reads_what_a_weight_was_is_found(stale):
+    student = tiny()
+    prepare(student, recipe(), MinMax(), LSQ())
+    module = QATModule(student.cuda(), tiny().cuda(), Loss(), PhaseSchedule(), Optim(), 4)
+    parameters = [p for p in student.train().parameters() if p.requires_grad]
+    graph = GraphedLoss(module.parts, parameters, BATCHES[0].cuda())
+    weight = student.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.data = weight.mul(1.5) if stale else weight.data.mul_(1.5)
+    if stale:
+        with pytest.raises(AssertionError, match="the replayed loss is"):
+            graph.check()
+    else:
+        graph.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fit_on_a_gpu_is_replayed_and_certified(compiled, tmp_path):
+    student = tiny().cuda()
+    prepare(student, recipe(), MinMax(), LSQ())
+    training = Training(max_steps=3, batch_size=2, seq_len=16, accumulate=2, val_every=2, compile=compiled)
+    data, device = tokens(tmp_path / "tokens"), torch.device("cuda")
+    module, _ = fit(student, tiny(), data, training, Loss(), PhaseSchedule(), Optim(), tmp_path, device)
+    shape = (2, 16) if compiled else None
+    evidence = certify(module, [BATCHES[1][:1]], "bf16-mixed", shape)[2]
+    assert evidence == {"modules": 14, "equal": 14, "dtype": "bfloat16", "replayed": True}
 
 
 @pytest.mark.gpu

@@ -49,15 +49,16 @@ class MSE(Observer):
 
     def _search(self, x: Tensor, scheme: Scheme, dtype: torch.dtype, g: Tensor | None) -> Range:
         lo, hi = ranges(x, scheme)
-        best_lo, best_hi, best = lo.clone(), hi.clone(), torch.full_like(lo, torch.inf)
-        for i in range(self.points):
-            factor = 1 - (1 - self.smallest) * i / max(self.points - 1, 1)
-            scale, zero_point = qparams(lo * factor, hi * factor, scheme, dtype, g)
+        factors = [1 - (1 - self.smallest) * i / max(self.points - 1, 1) for i in range(self.points)]
+        lows, highs = torch.stack([lo * f for f in factors]), torch.stack([hi * f for f in factors])
+        scales, zeros = qparams(lows, highs, scheme, dtype, g)  # of all candidates at once: a GPU's host waits in it
+        best_lo, best_hi, best = lo, hi, torch.full_like(lo, torch.inf)
+        for i, (low, high, scale) in enumerate(zip(lows, highs, scales, strict=True)):
+            zero_point = None if zeros is None else zeros[i]
             rounded, _ = fake_quantize(x, scale, scheme.grid, torch.float32, zero_point=zero_point, global_scale=g)
             difference = rounded.sub_(x).reshape(*scale.shape, -1)
             error = (difference.square_() if self.norm == 2 else difference.abs_().pow_(self.norm)).sum(-1)
             better = error < best
             best = torch.where(better, error, best)
-            best_lo = torch.where(better, lo * factor, best_lo)
-            best_hi = torch.where(better, hi * factor, best_hi)
+            best_lo, best_hi = torch.where(better, low, best_lo), torch.where(better, high, best_hi)
         return best_lo, best_hi
