@@ -16,4 +16,4 @@ if [ ! -d "$work/tokens" ]; then
   cp -r "$($python -c "import json, pathlib; print(json.loads((pathlib.Path('$work/runs/latest') / 'run.json').read_text())['data']['path'])")" "$work/tokens"
 fi
 $python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens "$work/tokens" \
-  --generated "$work/generated" --prose "$work/prose" "$@"
+  --generated "$work/generated" --prose "$work/prose" --work "$work/cells" "$@"
