@@ -67,7 +67,7 @@ class Cells:
             "device": device_name(bench.device),
             "versions": versions(),
             "data": {name: tokens.fingerprint for name, tokens in self._texts.items()},
-            "settings": {sha: settings(cell, self.arguments)},
+            "settings": {sha: " ".join(settings(cell, self.arguments))},
         }
         shutil.rmtree(bench.run.path)
         return named | judged | made.cost | minutes, meta
