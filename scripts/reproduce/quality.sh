@@ -17,3 +17,4 @@ if [ ! -d "$work/tokens" ]; then
 fi
 $python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens "$work/tokens" \
   --generated "$work/generated" --prose "$work/prose" --work "$work/cells" "$@"
+$python scripts/reproduce/quality_table.py scripts/results/quality.json

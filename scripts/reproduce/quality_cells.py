@@ -70,7 +70,10 @@ class Cells:
             "settings": {sha: " ".join(settings(cell, self.arguments))},
         }
         shutil.rmtree(bench.run.path)
-        return named | judged | made.cost | minutes, meta
+        cost = made.cost
+        del made, bench
+        clear()
+        return named | judged | cost | minutes, meta
 
     def open(self, cell: Cell) -> Workbench:
         """A workbench for a cell, with a run directory of its own; the model and its tokens are those of the others."""
@@ -139,7 +142,7 @@ class Cells:
 
     def _block_ap(self, cell: Cell, bench: Workbench | None = None) -> tuple[Changes, Row]:
         """Block-AP; kept, since training goes on from it in another cell."""
-        file = self.kept / f"{cell}.{digest(cell, self.arguments)}.safetensors"
+        file = self.kept / f"{cell}.{digest(cell, self.arguments)}" / "changes.safetensors"
         with locked(file.with_suffix(".lock")):
             own = bench or self.open(cell)
             if not file.exists():
@@ -167,7 +170,10 @@ class Cells:
                 training = Training(seq_len=config["data"]["seq_len"], seed=config["seed"], **config["trainer"])
                 loss, schedule = own.build("loss"), own.build("schedule")
                 _, cost = fit(student, None, own.tokens, training, loss, schedule, optim, own.run.path, own.device)
-                torch.save(({k: v.cpu() for k, v in convert(student)[1].items()}, _cost(cost)), file)
+                torch.save(
+                    ({k: v.cpu() for k, v in convert(student)[1].items()}, _cost(cost)), file.with_suffix(".part")
+                )
+                file.with_suffix(".part").replace(file)
                 if bench is None:
                     shutil.rmtree(own.run.path)
             found: tuple[Folded, Row] = torch.load(file)
