@@ -112,14 +112,20 @@ def qat_arm(bench: Workbench, fp: Arm, loggers: list[Any]) -> tuple[Arm, dict[st
 
 
 def train(
-    bench: Workbench, loggers: list[Any]
+    bench: Workbench, loggers: list[Any], begun: Changes | None = None
 ) -> tuple[Tensors, Folded, list[Sequence], dict[str, Any], dict[str, Any]]:
-    """Trains from wherever a checkpoint left off, and certifies: codes, changed tensors, reference, evidence, cost."""
+    """Trains from wherever a checkpoint left off, and certifies: codes, changed tensors, reference, evidence, cost.
+
+    Args:
+        bench: The workbench.
+        loggers: Beside `metrics.jsonl`.
+        begun: Where training starts, if a method has found that already; None: as `init` says.
+    """
     config = bench.config
     loss: Loss = bench.build("loss")
     optim: Optim = bench.build("optim")
     adapter: LoRA | QLoRA | None = bench.build("adapter") if bench.config.get("adapter") else None
-    student = _student(bench, adapter, optim.train_embeddings)
+    student = _student(bench, adapter, optim.train_embeddings, begun)
     training = Training(seq_len=config["data"]["seq_len"], seed=config["seed"], **config["trainer"])
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values()]
     teacher, schedule = bench.judged if loss.distils else None, bench.build("schedule")
@@ -151,13 +157,15 @@ def train(
     return tensors, folded, sequences, captured, cost
 
 
-def _student(bench: Workbench, adapter: LoRA | QLoRA | None, train_embeddings: bool) -> PreTrainedModel:
+def _student(
+    bench: Workbench, adapter: LoRA | QLoRA | None, train_embeddings: bool, begun: Changes | None
+) -> PreTrainedModel:
     """What trains, on the device: every weight fake-quantized, or QLoRA's."""
     student = copy.deepcopy(bench.model).to(bench.device)
     if isinstance(adapter, QLoRA):
         prepare_qlora(student, bench.recipe, adapter, bench.dtype, train_embeddings)
         return student
-    begun = beginning(bench)
+    begun = begun or beginning(bench)
     prepare(
         student,
         bench.recipe,

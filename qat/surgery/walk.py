@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat.nn.windows import whole_windows
 from qat.numerics.recipe import Recipe
 from qat.surgery.changes import Changes, write
 
@@ -69,7 +70,7 @@ def walk(
 
     Args:
         model: Left as it is.
-        batches: Token ids, `[B, T]` each.
+        batches: Token ids, `[B, T]` each, without padding.
         blocks: Path of the list of blocks.
         visit: May change its private block, and says what it did. It runs without gradients; it may enable them.
         propagate: Whether later blocks see what changed blocks compute, or what the original ones do.
@@ -113,11 +114,13 @@ def walk(
 
 def _advance(block: Block, what: str) -> None:
     """Replaces a stream by what the block makes of it, batch by batch."""
+    finite = []
     for index in range(len(block.inputs)):
         hidden = block.output(index)
-        if not bool(torch.isfinite(hidden).all()):
-            raise ValueError(f"{block.name}: {what} is not finite on the calibration data; the model is damaged")
+        finite.append(torch.isfinite(hidden).all())
         block.inputs[index] = hidden.to(block.inputs[index].device)
+    if finite and not bool(torch.stack(finite).all()):  # one look at all batches: a GPU need not wait for the host
+        raise ValueError(f"{block.name}: {what} is not finite on the calibration data; the model is damaged")
 
 
 class _Recorder(nn.Module):
@@ -150,8 +153,9 @@ def _capture(
     try:
         for i, recorder in enumerate(recorders):
             layers[i] = recorder
-        for batch in batches:
-            model.base_model(input_ids=batch.to(device), use_cache=False)
+        with whole_windows(model):
+            for batch in batches:
+                model.base_model(input_ids=batch.to(device), use_cache=False)
     finally:
         for i, block in enumerate(blocks):
             layers[i] = block

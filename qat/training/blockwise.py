@@ -26,11 +26,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qat.models.families import structure_of
 from qat.nn.embedding import QATEmbedding
 from qat.nn.estimators import Estimator
+from qat.nn.fake_quantize import kept
 from qat.nn.linear import QATLinear
 from qat.nn.observers.base import Observer
 from qat.numerics.affine import group
@@ -42,6 +44,7 @@ from qat.surgery.convert import convert, is_input_scale, quantize_inputs
 from qat.surgery.match import Plan, match
 from qat.surgery.prepare import fake_quants, prepare
 from qat.surgery.walk import Block, walk
+from qat.training.graphed import GraphedLoss
 from qat.training.optim import Optim
 
 Trained = Literal["weights", "round", "scales", "zeros", "norms"]
@@ -102,7 +105,7 @@ def blockwise(
     """Trains block by block and converts each; a pure function of its arguments on one device.
 
     Costs `epochs` x forward and backward of every block over all batches, and memory for the model, one block with
-    gradients and Adam's two moments, and two streams of hidden states.
+    gradients and Adam's two moments, and two streams of hidden states. On a GPU steps are replayed as a CUDA graph.
 
     Args:
         model: A causal language model of a family that `models.families` knows; left as it is.
@@ -192,12 +195,13 @@ def _descend(block: Block, student: nn.Module, scale: float, how: BlockTraining)
     optimizer, schedule = optim.build(student, how.epochs * batches)
     linears = fake_quants(student).values() if "round" in how.train else ()
     boxes = {linear: linear.weight.detach().clone() for linear in linears}
+    loss_of = _losses(block, module, scale, how.relative)
     for epoch in range(how.epochs):
         losses = []
         for index in order(how.seed, block.name, epoch, batches):
-            loss = _loss(block, module, index, how.relative)
+            loss = loss_of(index)
             optimizer.zero_grad()
-            (loss / scale).backward()
+            loss.backward()
             optimizer.step()
             schedule.step()
             _box(boxes)
@@ -246,9 +250,46 @@ def _loss(block: Block, module: nn.Module, index: int, relative: bool) -> Tensor
     return error.mean()
 
 
+def _losses(block: Block, module: nn.Module, scale: float, relative: bool) -> Callable[[int], Tensor]:
+    """What says the loss of a batch over `scale`, with its gradient; on a GPU a step is replayed (`graphed.py`).
+
+    Replayed are the batches of the first one's shape. The others, such as a smaller last one, run as they are.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    first, spec = tree_flatten(block.kwargs[0])
+
+    def eager(index: int) -> Tensor:
+        return _loss(block, module, index, relative) / scale
+
+    def tensors(index: int) -> list[Tensor]:
+        values = (block.inputs[index], block.targets[index], *tree_flatten(block.kwargs[index])[0])
+        return [value.to(parameters[0].device) for value in values if isinstance(value, Tensor)]
+
+    def step(hidden: Tensor, wanted: Tensor, *more: Tensor) -> dict[str, Tensor]:
+        given = iter(more)
+        kwargs = tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in first], spec)
+        batch = Block(block.name, module, [hidden], [kwargs], [wanted])
+        return {"loss": _loss(batch, module, 0, relative) / scale}
+
+    if not _replays(parameters[0].device):
+        return eager
+    shapes, replayed = [value.shape for value in tensors(0)], GraphedLoss(step, parameters, *tensors(0))
+
+    def loss_of(index: int) -> Tensor:
+        values = tensors(index)
+        return replayed(*values)["loss"] if [value.shape for value in values] == shapes else eager(index)
+
+    return loss_of
+
+
+def _replays(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _mean_loss(block: Block, module: nn.Module, relative: bool) -> float:
     sizes = [target.numel() for target in block.targets]
-    losses = [_loss(block, module, index, relative) * size for index, size in enumerate(sizes)]
+    with kept(module):
+        losses = [_loss(block, module, index, relative) * size for index, size in enumerate(sizes)]
     return float(torch.stack(losses).double().sum()) / sum(sizes)
 
 

@@ -16,4 +16,5 @@ if [ ! -d "$work/tokens" ]; then
   cp -r "$($python -c "import json, pathlib; print(json.loads((pathlib.Path('$work/runs/latest') / 'run.json').read_text())['data']['path'])")" "$work/tokens"
 fi
 $python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens "$work/tokens" \
-  --generated "$work/generated" --prose "$work/prose" "$@"
+  --generated "$work/generated" --prose "$work/prose" --work "$work/cells" "$@"
+$python scripts/reproduce/quality_table.py scripts/results/quality.json

@@ -1,6 +1,8 @@
 """Block-AP: nothing learned is RTN; what is learned is better, resumable, and served as it was trained."""
 
 import copy
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from qat.ptq.rtn import rtn
 from qat.surgery.convert import apply
 from qat.surgery.prepare import prepare
 from qat.surgery.start import start_from
+from qat.training import blockwise as steps
 from qat.training.blockwise import blockwise, order
 
 BATCHES = list(torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(1)).split(4))
@@ -226,6 +229,52 @@ def test_static_ranges_of_inputs_are_calibrated_on_the_quantized_stream_trained_
     assert torch.equal(student(input_ids=BATCHES[0]).logits, served(input_ids=BATCHES[0]).logits)
     step = found.state["model.layers.1.mlp.up_proj.input_fake_quant.log_step"]
     assert bool(step.any()) is estimator.learns_scale
+
+
+class Eager:
+    """Stands in for `GraphedLoss`: computes what that would replay, and notes for which batches."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def __init__(self, function, parameters, *inputs):
+        self.function = function
+
+    def __call__(self, *inputs):
+        self.sizes.append(len(inputs[0]))
+        return self.function(*inputs)
+
+
+def test_what_is_captured_is_the_step_and_a_smaller_last_batch_is_not_replayed(monkeypatch):
+    expected = train(tiny(), batch_size=3)
+    monkeypatch.setattr(steps, "_replays", lambda device: True)
+    monkeypatch.setattr(steps, "GraphedLoss", Eager)
+    same(expected, train(tiny(), batch_size=3))
+    assert Eager.sizes == [3] * 2 * 2 * 2  # whole batches, epochs, blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rules", "settings"),
+    [
+        (recipe(3), {}),
+        (recipe(2, symmetric=False), {"estimator": EfficientQAT(), "relative": False}),
+        (recipe(3), {"train": ["round", "scales"], "batch_size": 3}),
+        (recipe(3), {"offload": True}),
+        (Recipe({"linears": Rule(".*_proj", scheme(3), INPUTS["dynamic"])}), {}),
+        (Recipe({"linears": Rule(".*_proj", scheme(3), INPUTS["static"])}), {"estimator": Clipped()}),
+        (Recipe({"linears": Rule(".*_proj", OTHERS["nvfp4"], replace(OTHERS["nvfp4"], dynamic=True))}), {}),
+    ],
+    ids=["lsq", "efficientqat", "round", "offload", "dynamic", "static", "nvfp4"],
+)
+def test_replayed_steps_are_the_steps_bit_for_bit(monkeypatch, rules, settings, dtype):
+    model = tiny().to("cuda", dtype)
+    replayed = train(model, rules, **settings)
+    assert all(row["loss"] != row["initial"] for row in replayed.layers)
+    monkeypatch.setattr(steps, "_replays", lambda device: False)
+    eager = train(model, rules, **settings)
+    same(eager, replayed)
+    assert [row["loss"] for row in eager.layers] == [row["loss"] for row in replayed.layers]
 
 
 def test_a_loss_that_is_not_finite_names_the_block_and_keeps_those_before_it(tmp_path):

@@ -1,0 +1,184 @@
+"""Which cells the quality table has, how each is made, and who makes it: none twice, none before what it needs."""
+
+import fcntl
+import hashlib
+import json
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from results import Row, locked, read, write
+
+from qat.cli.tree import Tree
+from qat.cli.validate import validate
+from qat.cli.verbs import VERBS
+
+PTQ = ("rtn", "mse_rtn", "gptq", "awq")
+DISTILLED = {"qat": ["loss=kl"], "blockap_qat": ["loss=kl"]}  # arm: what it adds to the settings of its recipe
+TRAINED = {"ft_fp": ["loss=ce"], "blockap": [], **DISTILLED, "qat_ce": ["loss=ce"]}
+ARMS = ("fp", *TRAINED, *PTQ, "ft_gptq")
+NEEDS = {"ft_gptq": "ft_fp", "blockap_qat": "blockap"}
+EVERYWHERE = ("fp", "ft_fp")  # the same for every recipe, "-"
+DRAWN = (*TRAINED, "gptq", "awq", "ft_gptq")  # they depend on the seed; the others have seed 0
+
+RECIPES: dict[str, list[str]] = {  # tuned on the validation split
+    "w4a16_g64": ["optim.lr=2e-4"],
+    "w3a16_g64": ["optim.lr=4e-4"],
+    "w2a16_g64": ["optim.lr=8e-4"],
+    "w4a16_channel": ["optim.lr=2e-4"],
+    "w8a8": ["optim.lr=1e-4"],
+    "w4a8": ["optim.lr=2e-4"],
+    "nvfp4a16": ["optim.lr=2e-4"],
+    "nvfp4": ["optim.lr=2e-4"],
+}
+REPEATED = ("w4a16_g64", "w3a16_g64", "w2a16_g64")  # with every seed; the others with the first
+COMMON = ["format=none", "logger=none", "resume=never", "calibration.samples=128", "calibration.batch_size=8",
+          "trainer.batch_size=32", "trainer.max_steps=400", "trainer.checkpoint_every=400", "trainer.val_every=400",
+          "evaluation.windows=24", "evaluation.batch_size=8",
+          "+method@arms.mse_rtn=mse_rtn", "+method@arms.blockap=blockwise"]  # fmt: skip
+BLOCKAP = ["calibration.samples=1024", "arms.blockap.epochs=6", "arms.blockap.batch_size=8"]
+
+Lane = Literal["trained", "ptq"]
+
+
+class Cell(NamedTuple):
+    """One entry of the table."""
+
+    recipe: str
+    arm: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.recipe}.{self.arm}.{self.seed}"
+
+
+def plan(recipes: list[str], arms: list[str], seeds: list[int]) -> list[Cell]:
+    """What is asked for, in the order in which it is begun."""
+    found: dict[Cell, None] = {}
+    for seed in seeds:
+        for recipe in recipes:
+            for arm in sorted(arms, key=ARMS.index):
+                if seed == seeds[0] or recipe in REPEATED:
+                    named = "-" if arm in EVERYWHERE else recipe
+                    found[Cell(named, arm, seed if arm in DRAWN else 0)] = None
+    return list(found)
+
+
+def settings(cell: Cell, given: Namespace) -> list[str]:
+    """How a cell is made, as overrides of `qat run`; its recipe, its seed and its paths apart."""
+    mine = RECIPES.get(cell.recipe, RECIPES["w4a16_g64"])
+    blockap = BLOCKAP if cell.arm == "blockap" else []
+    return [*COMMON, *mine, *blockap, *TRAINED.get(cell.arm, []), *given.overrides]
+
+
+def digest(cell: Cell, given: Namespace) -> str:
+    """What tells settings from others."""
+    return hashlib.sha256(json.dumps(settings(cell, given)).encode()).hexdigest()[:12]
+
+
+def composed(cell: Cell, given: Namespace) -> dict[str, Any]:
+    """The config of a cell.
+
+    Raises:
+        ValueError: An override does not fit.
+    """
+    recipe = "w4a16_g64" if cell.recipe == "-" else cell.recipe
+    own = [f"recipe={recipe}", f"seed={cell.seed}", f"calibration.seed={cell.seed}"]
+    own += [f"data.path={given.tokens}", f"runs={given.work}/runs"]
+    own += [f"data.extra=[{given.generated}]"] if cell.arm in TRAINED else []
+    config, problems = validate(VERBS["run"], [*settings(cell, given), *own], Tree.of([]))
+    if problems:
+        raise ValueError("\n".join(f"{problem}" for problem in problems))
+    return config
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A cell that is this process's, as long as it lives."""
+
+    cell: Cell
+    handle: int
+
+    def release(self) -> None:
+        """Lets the cell go, done or not."""
+        os.close(self.handle)
+
+
+@dataclass(frozen=True)
+class Board:
+    """The cells of a plan, some of them done, some somebody's.
+
+    Attributes:
+        file: The results; a row for each cell that is done.
+        work: Where claims are: files, locked by the processes whose they are.
+        cells: The plan.
+    """
+
+    file: Path
+    work: Path
+    cells: list[Cell]
+
+    def claim(self, lane: Lane) -> Claim | None:
+        """The next cell for a lane, or None: none may be begun now. A lane that trains takes the others at last."""
+        with locked(self.work / "board.lock"):
+            left = self.pending()
+            trained = [cell for cell in left if cell.arm in TRAINED]
+            fitting = trained if lane == "trained" and trained else [cell for cell in left if cell.arm not in TRAINED]
+            for cell in fitting:
+                needed = [other for other in self._needed(cell) if other in left]
+                if not needed and (handle := self._lock(cell)) is not None:
+                    return Claim(cell, handle)
+        return None
+
+    def finished(self, lane: Lane) -> bool:
+        """Whether nothing will come for a lane any more."""
+        return not [cell for cell in self.pending() if lane == "trained" or cell.arm not in TRAINED]
+
+    def pending(self) -> list[Cell]:
+        """What is neither done nor given up; somebody may be at it."""
+        lost = set(self.failures())
+        gone = self.done() | lost
+        return [cell for cell in self.cells if cell not in gone and not lost.intersection(self._needed(cell))]
+
+    def done(self) -> set[Cell]:
+        """What the file has."""
+        return {Cell(row["recipe"], row["arm"], row["seed"]) for row in read(self.file)["rows"]}
+
+    def failures(self) -> dict[Cell, str]:
+        """What went wrong, by cell."""
+        files = {cell: self.work / f"{cell}.failed" for cell in self.cells}
+        return {cell: file.read_text(encoding="utf-8") for cell, file in files.items() if file.exists()}
+
+    def fail(self, cell: Cell, reason: str) -> None:
+        """Gives a cell up, and with it those that need it."""
+        (self.work / f"{cell}.failed").write_text(reason, encoding="utf-8")
+
+    def forgive(self) -> None:
+        """Forgets what failed before: it is tried again."""
+        for file in self.work.glob("*.failed"):
+            file.unlink()
+
+    def add(self, row: Row, meta: dict[str, Any]) -> None:
+        """A cell is done; `meta` is added to what the file says of all of them, mapping by mapping."""
+        with locked(self.work / "board.lock"):
+            content = read(self.file)
+            content["rows"].append(row)
+            for key, value in meta.items():
+                old = content["meta"].get(key)
+                content["meta"][key] = old | value if isinstance(old, dict) and isinstance(value, dict) else value
+            write(self.file, content)
+
+    def _needed(self, cell: Cell) -> list[Cell]:
+        arm = NEEDS.get(cell.arm)
+        return [Cell("-" if arm in EVERYWHERE else cell.recipe, arm, cell.seed)] if arm else []
+
+    def _lock(self, cell: Cell) -> int | None:
+        handle = os.open(self.work / f"{cell}.lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        return handle

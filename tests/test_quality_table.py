@@ -1,0 +1,69 @@
+"""The quality table judges what validation chose, seed by seed, against the best PTQ method."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NLL = {"fp": 2.0, "ft_fp": 1.9, "rtn": 3.0, "mse_rtn": 2.8, "gptq": 2.5, "awq": 2.6, "ft_gptq": 2.3}
+NLL |= {"qat": 2.1, "blockap_qat": 2.05, "qat_ce": 2.0}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "reproduce"))
+    import quality_table
+
+    return quality_table
+
+
+def cell(arm, seed, better=0.0):
+    recipe, nll = "-" if arm in ("fp", "ft_fp") else "w4a16_g64", NLL[arm] - better
+    found = {"recipe": recipe, "arm": arm, "seed": seed, "tokens": 20, "settings": "same", "minutes": 1.0}
+    found |= {"top1_agree": 0.5, "bits_per_quantized_weight": 4.25, "windows": {"nll": [10 * nll, 10 * nll + 0.01]}}
+    for end in ("", "_validation", "_generated", "_web", "_wives"):
+        found |= {f"ppl{end}": 9.0, f"nll{end}": nll, f"kl{end}": nll - 1.5}
+    return found
+
+
+def rows(*extra):
+    arms = [("fp", 0), ("rtn", 0), ("mse_rtn", 0)]
+    arms += [(arm, seed) for arm in NLL if arm not in ("fp", "rtn", "mse_rtn") for seed in (1, 2)]
+    cells = [cell(arm, seed, 0.1 * (seed == 2) * (arm == "blockap_qat")) for arm, seed in arms]
+    return {(row["recipe"], row["arm"], row["seed"]): row for row in [*cells, *extra]}
+
+
+def test_recovered_is_of_each_seed_against_the_best_ptq_and_qat_ce_against_the_fine_tuned(table):
+    found = rows()
+    (judged,) = table.aims(found, table.summary(found))
+    assert (judged["chosen"], judged["seeds"], judged["best_nll"]) == ("blockap_qat", 2, "gptq")
+    assert judged["recovered_nll"] == pytest.approx((0.45 / 0.5 + 0.55 / 0.5) / 2)
+    assert judged["recovered_nll_spread"] == pytest.approx(0.2 / 2**0.5)
+    assert judged["recovered_kl_web"] == pytest.approx(1 - (0.55 + 0.45) / 2 / 1.0)
+    assert (judged["ce_best_nll"], judged["ce_recovered_nll"]) == ("ft_gptq", pytest.approx(0.3 / 0.4))
+
+
+def test_validation_chooses_not_test(table):
+    found = rows()
+    for seed in (1, 2):
+        found["w4a16_g64", "qat", seed]["kl_validation"] = 0.1
+    assert table.aims(found, table.summary(found))[0]["chosen"] == "qat"
+
+
+def test_a_seed_that_lacks_a_ptq_method_is_not_judged(table):
+    found = rows()
+    del found["w4a16_g64", "awq", 2]
+    assert table.aims(found, table.summary(found))[0]["seeds"] == 1
+
+
+def test_what_is_printed_is_in_the_summary(table, tmp_path, capsys):
+    from results import read, write
+
+    file = tmp_path / "quality.json"
+    write(file, {"meta": {}, "rows": list(rows().values())})
+    table.main(str(file))
+    printed = capsys.readouterr().out
+    (means,) = [row for row in read(file)["summary"] if row["arm"] == "blockap_qat"]
+    assert f"{means['kl']:.4f} ± {means['kl_spread']:.4f}" in printed
+    table.main(str(file))
+    assert capsys.readouterr().out == printed

@@ -1,0 +1,112 @@
+"""The quality table's cells are shared out: none twice, none before what it needs, none lost with a process."""
+
+import multiprocessing
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+W4, CHANNEL = "w4a16_g64", "w4a16_channel"
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "reproduce"))
+    import quality_plan
+
+    return quality_plan
+
+
+@pytest.fixture
+def board(plan, tmp_path):
+    def make(arms, recipes=(W4,), seeds=(1,)):
+        (tmp_path / "work").mkdir(exist_ok=True)
+        return plan.Board(tmp_path / "results.json", tmp_path / "work", plan.plan(list(recipes), arms, list(seeds)))
+
+    return make
+
+
+def done(board, claim):
+    board.add({"recipe": claim.cell.recipe, "arm": claim.cell.arm, "seed": claim.cell.seed}, {"settings": {"a": 1}})
+    claim.release()
+
+
+def test_what_does_not_depend_on_seed_or_recipe_is_there_once(plan):
+    cells = plan.plan([W4, CHANNEL], list(plan.ARMS), [1, 2, 3])
+    assert len(set(cells)) == len(cells)
+    assert [cell for cell in cells if cell.arm in ("fp", "ft_fp", "rtn")] == [
+        ("-", "fp", 0), ("-", "ft_fp", 1), (W4, "rtn", 0), (CHANNEL, "rtn", 0), ("-", "ft_fp", 2), ("-", "ft_fp", 3)
+    ]  # fmt: skip
+    assert [cell.seed for cell in cells if cell.arm == "qat"] == [1, 1, 2, 3]
+
+
+def test_no_cell_is_given_twice_and_done_ones_never(board):
+    ours = board(["fp", "rtn", "gptq"])
+    claims = [ours.claim("ptq") for _ in range(4)]
+    assert [claim and claim.cell.arm for claim in claims] == ["fp", "rtn", "gptq", None]
+    assert not ours.finished("ptq")
+    claims[1].release()  # not done
+    again = ours.claim("ptq")
+    assert again.cell == claims[1].cell
+    for claim in (claims[0], again, claims[2]):
+        done(ours, claim)
+    assert ours.claim("ptq") is None
+    assert ours.finished("ptq")
+    assert ours.finished("trained")
+
+
+def test_a_cell_waits_for_what_it_needs_and_falls_with_it(board):
+    ours = board(["blockap", "blockap_qat", "rtn"])
+    first = ours.claim("trained")
+    assert first.cell.arm == "blockap"
+    assert ours.claim("trained") is None, "PTQ cells are for the others while something trains"
+    assert ours.claim("ptq").cell.arm == "rtn"
+    ours.fail(first.cell, "ValueError: as it is")
+    first.release()
+    assert ours.claim("trained") is None
+    assert {cell.arm for cell in ours.pending()} == {"rtn"}
+    assert list(ours.failures().values()) == ["ValueError: as it is"]
+    ours.forgive()
+    first = ours.claim("trained")
+    done(ours, first)
+    assert ours.claim("trained").cell.arm == "blockap_qat"
+
+
+def test_what_is_not_asked_for_is_not_waited_for(board):
+    assert board(["blockap_qat"]).claim("trained").cell.arm == "blockap_qat"
+
+
+def test_a_claim_dies_with_its_process(board):
+    ours = board(["rtn"])
+    process = multiprocessing.get_context("fork").Process(target=ours.claim, args=("ptq",))
+    process.start()
+    process.join()
+    assert ours.claim("ptq").cell.arm == "rtn"
+
+
+def test_every_kind_of_cell_composes(plan, tmp_path):
+    for name in ("t", "g"):
+        (tmp_path / name).mkdir()
+    paths = {"tokens": str(tmp_path / "t"), "generated": str(tmp_path / "g"), "work": str(tmp_path)}
+    given = Namespace(**paths, overrides=["optim.lr=1e-3"])
+    for cell in plan.plan([W4], list(plan.ARMS), [1]) + plan.plan(list(plan.RECIPES), ["qat"], [1]):
+        config = plan.composed(cell, given)
+        assert config["optim"]["lr"] == 1e-3
+        assert config["data"]["extra"] == ([paths["generated"]] if cell.arm in plan.TRAINED else [])
+    with pytest.raises(ValueError, match=r"optim\.nonsense"):
+        plan.composed(cell, Namespace(**(vars(given) | {"overrides": ["optim.nonsense=1"]})))
+
+
+def test_results_are_replaced_as_a_whole_and_meta_adds_up(board, tmp_path):
+    ours = board(["rtn", "gptq"])
+    ours.add(
+        {"recipe": W4, "arm": "rtn", "seed": 0, "windows": {"nll": [1.0]}}, {"settings": {"a": [1]}, "device": "x"}
+    )
+    ours.add({"recipe": W4, "arm": "gptq", "seed": 1}, {"settings": {"b": [2]}, "device": "y"})
+    import results
+
+    content = results.read(ours.file)
+    assert content["meta"] == {"settings": {"a": [1], "b": [2]}, "device": "y"}
+    assert [row["arm"] for row in content["rows"]] == ["rtn", "gptq"]
+    assert [line for line in ours.file.read_text().splitlines() if line.count("recipe") > 1] == []
