@@ -171,6 +171,7 @@ FIELDS: dict[str, Check] = {
     "trainer.batch_size": whole(),
     "trainer.checkpoint_every": whole(),
     "trainer.val_every": whole(),
+    "trainer.log_every": whole(),
     "trainer.val_windows": whole(),
     "server.host": text(),
     "server.port": whole(0, 65535),

@@ -24,7 +24,7 @@ OURS = {  # arguments of the Trainer that training gives itself, and the key tha
     "callbacks": "callbacks",
     "num_sanity_val_steps": "the training loop",
     "plugins": "the training loop",
-    "log_every_n_steps": "the training loop",
+    "log_every_n_steps": "trainer.log_every",
     "enable_progress_bar": "the training loop",
     "enable_model_summary": "the training loop",
     "use_distributed_sampler": "the training loop",

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -14,7 +15,7 @@ class TrainingProgress(Callback):
 
     Args:
         tokens_per_step: Tokens of one optimizer step.
-        every: Steps between two plain lines.
+        every: Steps between two plain lines, or between two losses beside the bar: each waits for the device.
     """
 
     def __init__(self, tokens_per_step: int, every: int):
@@ -42,13 +43,17 @@ class TrainingProgress(Callback):
             return
         step = trainer.global_step
         rate = (step - self._first) * self.tokens_per_step / max(time.monotonic() - self._start, 1e-9)
-        pl_module.log("train/tokens_per_second", rate)
+        pl_module.log("train/tokens_per_second", torch.tensor(rate))  # on the CPU: a number would wait for the device
         if not trainer.is_global_zero:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        if step % self.every and step != trainer.max_steps:
             return
         shown = f"loss {float(trainer.callback_metrics['train/loss']):.4f}  {rate:,.0f} tok/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, shown=shown + self._validated(trainer))
-        elif step % self.every == 0 or step == trainer.max_steps:
+            self._bar.update(self._task, shown=shown + self._validated(trainer))
+        else:
             print(f"  step {step}/{trainer.max_steps}  {shown}", flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -44,6 +44,7 @@ class Training:
         val_windows: Windows of the validation split.
         compile: Whether the models' blocks run through `torch.compile`.
         cuda_graph: Whether a GPU replays steps as a CUDA graph; a CPU has none.
+        log_every: Optimizer steps between two lines of metrics; each waits for the device.
         seed: Order of the batches.
         lightning: More arguments for Lightning's Trainer.
     """
@@ -59,6 +60,7 @@ class Training:
     val_windows: int = 4
     compile: bool = False
     cuda_graph: bool = True
+    log_every: int = 1
     seed: int = 0
     lightning: dict[str, Any] = field(default_factory=dict)
 
@@ -140,7 +142,7 @@ def fit(
             logger=[JSONLLogger(directory / "metrics.jsonl", first), *(loggers or [])],
             callbacks=[progress, saver, *(callbacks or [])],
             plugins=[AtomicCheckpointIO()],
-            log_every_n_steps=1,
+            log_every_n_steps=training.log_every,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,

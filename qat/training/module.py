@@ -72,6 +72,7 @@ class QATModule(pl.LightningModule):
         self._rng: dict[str, Any] | None = None
         self.graphed = graphed
         self._graph: tuple[tuple[Any, ...], GraphedLoss] | None = None  # and what it was captured for
+        self._doubts: list[tuple[str, Tensor, int, Tensor | None]] = []  # what, its value, step, batch
         self.replayed = False  # whether the last step was, and agrees with what certify watches
         self.done = 0  # optimizer steps taken; a Trainer that only tests does not know them
         self._observed: int | None = None  # `done` when scales were last taken from the weights
@@ -129,18 +130,32 @@ class QATModule(pl.LightningModule):
         """The schedule follows the optimizer step, not the batch."""
         self.as_trained()
         if self.schedule.ramp:
-            self.log("train/strength", self.schedule.strength(self.done))
+            self.log("train/strength", torch.tensor(self.schedule.strength(self.done)))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch of token ids `[B, T]`."""
         parts = self._replayed(batch) if self._replays() else self.parts(batch)
-        if not bool(torch.isfinite(parts["loss"].detach())):
-            raise ValueError(
-                f"loss is {float(parts['loss'].detach())} at step {self.global_step}{self._first_bad(batch)}; the last "
-                f"checkpoint is kept. Lower optim.lr or optim.scale_lr and run again with resume=never"
-            )
+        self.settle()  # what came before, while the GPU is busy with this
+        self._doubt("loss", parts["loss"].detach(), batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
         return parts["loss"]
+
+    def _doubt(self, what: str, value: Tensor, batch: Tensor | None = None) -> None:
+        """A number that must be finite. Asking waits for the device, so while steps are replayed the next one asks."""
+        self._doubts.append((what, value, self.global_step, batch))
+        if not self._replays():
+            self.settle()
+
+    def settle(self) -> None:
+        """Raises ValueError if a loss or a gradient is not finite, which has then moved nothing; says where."""
+        doubts, self._doubts = self._doubts, []
+        for what, value, step, batch in doubts:
+            if not bool(torch.isfinite(value)):
+                where = self._first_bad_gradient() if batch is None else self._first_bad(batch)
+                raise ValueError(
+                    f"{what} is {float(value)} at step {step}{where}; the last checkpoint is kept. Lower optim.lr or "
+                    f"optim.scale_lr and run again with resume=never"
+                )
 
     def parts(self, batch: Tensor) -> dict[str, Tensor]:
         """The loss of token ids `[B, T]`, which has a gradient, and its parts."""
@@ -165,6 +180,7 @@ class QATModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Holds what was replayed to what hooks can see (`certify`), while both have the weights; frees its memory."""
+        self.settle()
         if self._graph is not None:
             with self.trainer.precision_plugin.train_step_context():
                 self._graph[1].check()
@@ -177,17 +193,17 @@ class QATModule(pl.LightningModule):
         parts: dict[str, list[Tensor]] = {"weights": [], "scales": []}
         for group in optimizer.param_groups:
             parts["scales" if group["name"] == "scales" else "weights"] += group["params"]
-        for name, parameters in parts.items():
-            if not parameters:
-                continue
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if not bool(torch.isfinite(norm)):
-                raise ValueError(
-                    f"the gradient of the {name} is {float(norm)} at step {self.global_step}"
-                    f"{self._first_bad_gradient()}; the last checkpoint is kept. Lower optim.lr or optim.scale_lr and "
-                    f"run again with resume=never"
-                )
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val or float("inf"), norm)
+        norms = {
+            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            for name, parameters in parts.items()
+            if parameters
+        }
+        # AdamW then leaves everything as it is: it comes before anybody has asked.
+        broken = torch.stack(list(norms.values())).isfinite().all().logical_not().float()
+        optimizer.found_inf = broken if self._replays() else None
+        for name, norm in norms.items():
+            self._doubt(f"the gradient of the {name}", norm)
+            torch.nn.utils.clip_grads_with_norm_(parts[name], gradient_clip_val or float("inf"), norm)
             self.log(f"train/grad_norm_{name}", norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -199,6 +215,7 @@ class QATModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Validation judges what would be served if training ended here."""
+        self.settle()
         self.as_served()
         self.val_nll.reset()
         self.val_tokens.reset()
@@ -238,6 +255,7 @@ class QATModule(pl.LightningModule):
         Raises:
             ValueError: The last step left something that is not finite: the checkpoint before it is kept.
         """
+        self.settle()
         if broken := first_broken(self.student):
             raise ValueError(
                 f"{broken} is not finite after step {self.done}; the last checkpoint is kept. Lower optim.lr or "

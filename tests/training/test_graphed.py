@@ -37,11 +37,11 @@ def test_a_cpu_has_no_graphs():
         GraphedLoss(lambda x: {"loss": x.sum()}, [], torch.ones(1))
 
 
-def trained(graphed, estimator, autocast, loss, compiled=False, phase=Phase.LEARN):
+def trained(graphed, estimator, autocast, loss, phase=Phase.LEARN):
     """Losses and parameters after some optimizer steps, two micro-batches each."""
     student = tiny()
     prepare(student, recipe(), MinMax(), copy.copy(estimator))
-    module = QATModule(student.cuda(), tiny().cuda(), loss, PhaseSchedule(), Optim(), 4, compiled)
+    module = QATModule(student.cuda(), tiny().cuda(), loss, PhaseSchedule(), Optim(), 4)
     set_phase(student.train(), phase)
     optimizer, schedule = Optim(lr=1e-3).build(student, 4)
     losses, graph = [], None
@@ -104,9 +104,3 @@ def test_a_fit_on_a_gpu_is_replayed_and_certified(compiled, tmp_path):
     shape = (2, 16) if compiled else None
     evidence = certify(module, [BATCHES[1][:1]], "bf16-mixed", shape)[2]
     assert evidence == {"modules": 14, "equal": 14, "dtype": "bfloat16", "replayed": True}
-
-
-@pytest.mark.gpu
-def test_compiled_blocks_are_captured_too():
-    (losses, _), (others, _) = (trained(g, LSQ(), True, Loss(), compiled=True) for g in (True, False))
-    assert losses == others

@@ -115,6 +115,60 @@ def test_a_teacher_that_is_not_finite_is_told_from_the_student():
         found.training_step(BATCH, 0)
 
 
+def replays(found, monkeypatch):
+    """As on a GPU, where nobody waits: what is not finite is found in the next step, and has moved nothing."""
+    monkeypatch.setattr(found, "_replays", lambda: True)
+    monkeypatch.setattr(found, "_replayed", found.parts)
+    found.log = found.log_dict = lambda *args, **kwargs: None
+    optimizer, _ = Optim().build(found.student, 4)
+
+    def step():
+        loss = found.training_step(BATCH, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        found.configure_gradient_clipping(optimizer, 1.0, "norm")
+        optimizer.step()
+
+    return step
+
+
+def test_a_replayed_loss_that_is_not_a_number_is_found_a_step_later_and_has_moved_nothing(monkeypatch):
+    found = module()
+    step = replays(found, monkeypatch)
+    step()
+    before = {name: p.detach().clone() for name, p in found.student.named_parameters()}
+    act = found.student.model.layers[1].mlp.act_fn
+    act.forward = lambda x: (x - x) / (x - x)
+    step()
+    assert all(torch.equal(p, before[name]) for name, p in found.student.named_parameters())
+    with pytest.raises(ValueError, match=r"loss is nan at step 0 \(the output of model\.layers\.1\.mlp\.act_fn is not"):
+        step()
+
+
+def test_so_is_a_replayed_gradient(monkeypatch):
+    found = module()
+    step = replays(found, monkeypatch)
+    norm = found.student.model.norm.parametrizations.weight.original
+    norm.register_hook(lambda grad: grad * float("inf"))
+    before = norm.detach().clone()
+    step()
+    assert torch.equal(norm, before)
+    with pytest.raises(ValueError, match=r"gradient of the weights is (inf|nan) at step 0 \(first that of model\.norm"):
+        found.on_validation_epoch_start()
+
+
+def test_a_replayed_step_moves_what_an_eager_one_does(monkeypatch):
+    found, eager = module(), module()
+    replays(found, monkeypatch)()
+    eager.log = eager.log_dict = lambda *args, **kwargs: None
+    optimizer, _ = Optim().build(eager.student, 4)
+    eager.training_step(BATCH, 0).backward()
+    eager.configure_gradient_clipping(optimizer, 1.0, "norm")
+    optimizer.step()
+    expected = dict(eager.student.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in found.student.named_parameters())
+
+
 def test_a_compiled_decoder_trains_the_same():
     loss = Loss(kl=0.0, reverse_kl=1.0, jsd=1.0, ce=0.1)
     eager, compiled = module(loss=loss), module(loss=loss)

@@ -249,6 +249,7 @@ def test_trainer_test_judges_a_checkpoint_as_it_would_be_served(data, unbroken, 
     path = newest(unbroken[True] / "checkpoints") if step == STEPS else Keep(unbroken[True]).of(step)
     module = QATModule(student(), tiny(layers=1), Loss(), SCHEDULE, Optim(), STEPS)
     windows = TokenData(data, 32, 2, val_windows=1).val_dataloader()
+    (batch,) = windows
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False,
@@ -257,13 +258,13 @@ def test_trainer_test_judges_a_checkpoint_as_it_would_be_served(data, unbroken, 
     assert found["test/nll"] == values(unbroken[True], "val/nll")[step - 1]
     (again,) = trainer.test(module, windows, verbose=False)  # as it stands, without a checkpoint
     assert again == found
-    tensors, folded, captured = certify(module, [windows.windows], "32-true")
+    tensors, folded, captured = certify(module, [batch], "32-true")
     assert captured["equal"] == 7
     for name, linear in fake_quants(module.student).items():
         now, _ = MinMax().qparams(linear.weight, tensors[name].scheme, torch.bfloat16)
         assert torch.equal(tensors[name].scale, now) is (step < 4)  # until the freeze, those of the weights as they are
     served = apply(tiny(layers=1), tensors, folded, recipe=STATIC)
-    scores = evaluate(served, windows.windows, None, 1)
+    scores = evaluate(served, batch, None, 1)
     assert mean(scores.nll, scores.tokens) == pytest.approx(found["test/nll"], abs=1e-6)
 
 
