@@ -82,6 +82,10 @@ class TokenData(pl.LightningDataModule):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         return Batches(self.train[rank::world], self.batch_size, self.seed, start)
 
+    def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> Tensor:
+        """To a GPU from pinned memory: from other memory the host would wait until the GPU has caught up."""
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
+
     def val_dataloader(self) -> Windows | list[Windows]:
         """Validation windows; none if the split has none."""
         return [] if self.validation is None else Windows(self.validation, self.batch_size)

@@ -1,4 +1,4 @@
-"""Where a model, or its forward, stops being finite."""
+"""Whether numbers are finite, and where a model, or its forward, stops being so."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +10,35 @@ from qat.nn.fake_quantize import FakeQuantize
 from qat.training.chunked import chunked_loss
 from qat.training.losses import Loss
 from qat.training.split import SplitModel
+
+
+class Doubt:
+    """Whether a number is finite: looked at where it lies, at once; asked for later, when the answer has arrived.
+
+    A question put to a GPU stands in line behind all that was launched before it. So its answer is sent when the number
+    is made, and whoever asks while the next step runs does not wait for that.
+
+    Args:
+        what: What the number is.
+        value: A scalar; clipping and the like leave it alone.
+        step: The optimizer step that it belongs to.
+        batch: Token ids that led to it, for a loss.
+    """
+
+    def __init__(self, what: str, value: Tensor, step: int, batch: Tensor | None = None):
+        self.what, self.value, self.step, self.batch = what, value, step, batch
+        self._finite, self._sent = torch.isfinite(value), None
+        if value.is_cuda:
+            arrived = torch.empty((), dtype=torch.bool, pin_memory=True)  # else the host waits for the copy
+            self._finite = arrived.copy_(self._finite, non_blocking=True)
+            self._sent = torch.cuda.Event()
+            self._sent.record()
+
+    def finite(self) -> bool:
+        """The answer, as soon as it is there."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return bool(self._finite)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from qat.nn.fake_quantize import FakeQuantize, Phase
 from qat.nn.lora import checksum, frozen
 from qat.surgery.prepare import observe, set_phase, set_strength
 from qat.training.chunked import chunked_loss
-from qat.training.finite import first_broken, first_not_finite
+from qat.training.finite import Doubt, first_broken, first_not_finite
 from qat.training.graphed import GraphedLoss
 from qat.training.losses import Loss
 from qat.training.optim import Optim
@@ -72,7 +72,7 @@ class QATModule(pl.LightningModule):
         self._rng: dict[str, Any] | None = None
         self.graphed = graphed
         self._graph: tuple[tuple[Any, ...], GraphedLoss] | None = None  # and what it was captured for
-        self._doubts: list[tuple[str, Tensor, int, Tensor | None]] = []  # what, its value, step, batch
+        self._doubts: list[Doubt] = []
         self.replayed = False  # whether the last step was, and agrees with what certify watches
         self.done = 0  # optimizer steps taken; a Trainer that only tests does not know them
         self._observed: int | None = None  # `done` when scales were last taken from the weights
@@ -142,19 +142,19 @@ class QATModule(pl.LightningModule):
 
     def _doubt(self, what: str, value: Tensor, batch: Tensor | None = None) -> None:
         """A number that must be finite. Asking waits for the device, so while steps are replayed the next one asks."""
-        self._doubts.append((what, value, self.global_step, batch))
+        self._doubts.append(Doubt(what, value, self.global_step, batch))
         if not self._replays():
             self.settle()
 
     def settle(self) -> None:
         """Raises ValueError if a loss or a gradient is not finite, which has then moved nothing; says where."""
         doubts, self._doubts = self._doubts, []
-        for what, value, step, batch in doubts:
-            if not bool(torch.isfinite(value)):
-                where = self._first_bad_gradient() if batch is None else self._first_bad(batch)
+        for doubt in doubts:
+            if not doubt.finite():
+                where = self._first_bad_gradient() if doubt.batch is None else self._first_bad(doubt.batch)
                 raise ValueError(
-                    f"{what} is {float(value)} at step {step}{where}; the last checkpoint is kept. Lower optim.lr or "
-                    f"optim.scale_lr and run again with resume=never"
+                    f"{doubt.what} is {float(doubt.value)} at step {doubt.step}{where}; the last checkpoint is kept. "
+                    f"Lower optim.lr or optim.scale_lr and run again with resume=never"
                 )
 
     def parts(self, batch: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@ import torch
 from tiny import tiny
 from torch import nn
 
-from qat.training.finite import first_not_finite
+from qat.training.finite import Doubt, first_not_finite
 from qat.training.split import SplitModel
 
 IDS = torch.tensor([[5, 9, 200, 7]])
@@ -41,3 +41,22 @@ def test_what_comes_after_the_head_is_the_model_itself():
     split = SplitModel(model)
     model.lm_head.register_forward_hook(lambda module, args, output: output * 1e38 * 1e38)
     assert first_not_finite(split, IDS) == "lm_head"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("value", "finite"), [(1.0, True), (float("nan"), False), (float("-inf"), False)])
+def test_a_doubt_is_about_the_number_as_it_was(device, value, finite):
+    number = torch.tensor(value, device=device)
+    doubt = Doubt("loss", number, 3)
+    number.fill_(0.0 if not finite else float("nan"))
+    assert doubt.finite() is finite
+
+
+@pytest.mark.gpu
+def test_asking_does_not_wait_for_what_was_launched_since():
+    doubt = Doubt("loss", torch.ones((), device="cuda"), 0)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # a second or so
+    assert doubt.finite()
+    assert not torch.cuda.current_stream().query(), "the GPU is busy still"
+    torch.cuda.synchronize()
