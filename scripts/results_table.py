@@ -73,10 +73,13 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", help="of the files that ran, where the run could not know it")
+    parser.add_argument("--wall", type=float, help="seconds of the command as a whole, where it was timed")
     args = parser.parse_args()
     runs = [read(run) for run in args.runs]
     for run in runs:
         run["meta"]["commit"] = args.commit or run["meta"]["commit"]
+        if args.wall is not None:
+            run["meta"]["cost"]["wall_seconds"] = args.wall
         print(table(run))
     if args.json:
         content = {

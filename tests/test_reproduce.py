@@ -93,7 +93,8 @@ def test_every_kind_of_cell_composes(plan, tmp_path):
     for cell in plan.plan([W4], list(plan.ARMS), [1]) + plan.plan(list(plan.RECIPES), ["qat"], [1]):
         config = plan.composed(cell, given)
         assert config["optim"]["lr"] == 1e-3
-        assert config["data"]["extra"] == ([paths["generated"]] if cell.arm in plan.TRAINED else [])
+        more = [paths["tokens"]] * (plan.DOCS - 1) + [paths["generated"]]
+        assert config["data"]["extra"] == (more if cell.arm in plan.TRAINED else [])
     with pytest.raises(ValueError, match=r"optim\.nonsense"):
         plan.composed(cell, Namespace(**(vars(given) | {"overrides": ["optim.nonsense=1"]})))
 

@@ -13,7 +13,8 @@ mkdir -p "$work"
 [ -f "$work/generated/manifest.json" ] || $python -m qat generate out="$work/generated" tokens=1600000 sequences=4096
 if [ ! -d "$work/tokens" ]; then
   $python -m qat run experiment=smoke dry_run=true logger=none resume=never runs="$work/runs"
-  cp -r "$($python -c "import json, pathlib; print(json.loads((pathlib.Path('$work/runs/latest') / 'run.json').read_text())['data']['path'])")" "$work/tokens"
+  run=$(ls -d "$work"/runs/smoke/*/ | tail -1)  # a dry run is not the latest
+  cp -r "$($python -c "import json, sys; print(json.load(open(sys.argv[1]))['data']['path'])" "$run/run.json")" "$work/tokens"
 fi
 $python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens "$work/tokens" \
   --generated "$work/generated" --prose "$work/prose" --work "$work/cells" "$@"

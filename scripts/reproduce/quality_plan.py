@@ -16,7 +16,9 @@ from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
 
 PTQ = ("rtn", "mse_rtn", "gptq", "awq")
-DISTILLED = {"qat": ["loss=kl"], "blockap_qat": ["loss=kl"]}  # arm: what it adds to the settings of its recipe
+LONG = ["loss=kl", "trainer.max_steps=2000", "trainer.checkpoint_every=2000", "trainer.val_every=2000"]
+DISTILLED = {"qat": LONG, "blockap_qat": LONG}  # arm: what it adds to the settings of its recipe
+DOCS = 4  # times the train split of python_docs beside the generated text, which is five times its size
 TRAINED = {"ft_fp": ["loss=ce"], "blockap": [], **DISTILLED, "qat_ce": ["loss=ce"]}
 ARMS = ("fp", *TRAINED, *PTQ, "ft_gptq")
 NEEDS = {"ft_gptq": "ft_fp", "blockap_qat": "blockap"}
@@ -36,6 +38,7 @@ RECIPES: dict[str, list[str]] = {  # tuned on the validation split
 REPEATED = ("w4a16_g64", "w3a16_g64", "w2a16_g64")  # with every seed; the others with the first
 COMMON = ["format=none", "logger=none", "resume=never", "calibration.samples=128", "calibration.batch_size=8",
           "trainer.batch_size=32", "trainer.max_steps=400", "trainer.checkpoint_every=400", "trainer.val_every=400",
+          "trainer.compile=true", "trainer.log_every=50",
           "evaluation.windows=24", "evaluation.batch_size=8",
           "+method@arms.mse_rtn=mse_rtn", "+method@arms.blockap=blockwise"]  # fmt: skip
 BLOCKAP = ["calibration.samples=1024", "arms.blockap.epochs=6", "arms.blockap.batch_size=8"]
@@ -87,7 +90,8 @@ def composed(cell: Cell, given: Namespace) -> dict[str, Any]:
     recipe = "w4a16_g64" if cell.recipe == "-" else cell.recipe
     own = [f"recipe={recipe}", f"seed={cell.seed}", f"calibration.seed={cell.seed}"]
     own += [f"data.path={given.tokens}", f"runs={given.work}/runs"]
-    own += [f"data.extra=[{given.generated}]"] if cell.arm in TRAINED else []
+    extra = [given.tokens] * (DOCS - 1) + [given.generated]
+    own += [f"data.extra=[{','.join(extra)}]"] if cell.arm in TRAINED else []
     config, problems = validate(VERBS["run"], [*settings(cell, given), *own], Tree.of([]))
     if problems:
         raise ValueError("\n".join(f"{problem}" for problem in problems))
