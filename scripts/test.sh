@@ -6,6 +6,7 @@ source "$root/scripts/setup.sh"
 setup serve,report,dev "$root"
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
+export OMP_NUM_THREADS=1  # two workers on two cores, and the processes that they start
 ruff check .
 ruff format --check .
 mypy

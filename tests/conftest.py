@@ -1,5 +1,6 @@
 """Offline, seeded, and away from the user's cache; `-m gpu` skips where there is no GPU."""
 
+import gc
 import os
 import signal
 
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not go through a million objects of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -30,5 +30,7 @@ def arguments(root: Path, verb: str, *more: str) -> list[str]:
     where = (f"model.path={root / 'model'}", f"data.path={root / 'tokens'}")
     steps = STEPS if verb in ("run", "train") else ()
     given = {text.partition("=")[0].lstrip("+") for text in more}
+    if any(text.startswith("recipe=") and text.endswith(".yaml") for text in more):
+        given.add("recipe.rules.linears.weight.granularity.group_size")  # a recipe of its own has its own sizes
     small = [text for text in (*SURROUNDINGS, *where, *SIZES, *steps) if text.partition("=")[0] not in given]
     return [verb, *small, *more]

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from qat.cli.main import main
+from qat.formats import compressed_tensors
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +57,48 @@ def test_a_quantized_cache_is_trained_exported_verified_and_found_again(finish, 
     assert json.loads(capsys.readouterr().out)["kl"] == pytest.approx(summary["arms"]["qat"]["kl"], rel=1e-9)
 
 
-GRIDS = {
-    **{f"int{bits}": [f"recipe.rules.linears.weight.grid.bits={bits}"] for bits in (2, 3, 5, 6, 7, 8)},
-    "int3_asym": ["recipe.rules.linears.weight.grid.bits=3", "recipe.rules.linears.weight.symmetric=false"],
-    "int2_zeros": ["recipe=w2a16_g64_asym", "estimator=efficientqat"],
-    "channel": ["recipe=w4a16_channel"],
-    "ternary": ["recipe=ternary_g64", "estimator=seq"],
-    "seq2": ["recipe=seq2_g64", "estimator=seq"],
-    "binary": ["recipe=binary_g64", "estimator=seq"],
+def weight(grid: str, granularity: str = "PerGroup, group_size: 32", symmetric: bool = True) -> str:
+    numerics = "_target_: qat.numerics"
+    grid, kind = (f"{numerics}.grid.{grid}", f"{numerics}.granularity.{granularity}")
+    return (
+        f"{{{numerics}.scheme.Scheme, grid: {{{grid}}}, granularity: {{{kind}}}, symmetric: {str(symmetric).lower()}}}"
+    )
+
+
+INTEGERS = [weight(f"IntGrid, bits: {bits}") for bits in (2, 3, 5, 6, 7, 8)]
+GRIDS = {  # schemes, one for each linear of the block, in turn; transformers reads one asymmetric scheme, and no other
+    "symmetric": [*INTEGERS, weight("IntGrid, bits: 4", "PerChannel")],
+    "three bits and a zero": [weight("IntGrid, bits: 3", symmetric=False)],
+    "two bits and a zero": [weight("IntGrid, bits: 2", symmetric=False)],
+    "codebooks": [weight(f"Codebook, name: {name}") for name in ("ternary", "seq2", "binary")],
 }
-SIZE = "recipe.rules.linears.weight.granularity.group_size"
+ESTIMATORS = ("lsq", "lsq", "efficientqat", "seq")
+PACKED = {
+    "symmetric": {*(f"int{bits}_g32" for bits in (2, 3, 5, 6, 7, 8)), "int4_channel"},
+    "three bits and a zero": {"int3_g32_asym"},
+    "two bits and a zero": {"int2_g32_asym"},
+    "codebooks": {"int2_g32", "int3_g32"},  # as integers, one bit wider
+}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.mark.parametrize("overrides", GRIDS.values(), ids=GRIDS)
-def test_the_certificate_holds_on_every_grid_that_the_format_carries(overrides, finish):
-    """Scales move far in two steps, so that codes are not those of the start."""
-    sized = [] if overrides == GRIDS["channel"] else [f"{SIZE}=32"]
-    unsized = [f"~{SIZE}"] if overrides == GRIDS["channel"] else []
-    run = finish("train", *overrides, *sized, *unsized, "optim.scale_lr=0.2", "optim.warmup=0")
+@pytest.mark.parametrize(("grids", "estimator"), list(zip(GRIDS, ESTIMATORS, strict=True)))
+def test_the_certificate_holds_on_every_grid_that_the_format_carries(grids, estimator, finish, tmp_path):
+    """Beside each other in one model. Scales move far in two steps, so that codes are not those of the start."""
+    schemes, lines = GRIDS[grids], ["_target_: qat.numerics.recipe.Recipe", "rules:"]
+    for index, name in enumerate(LINEARS):
+        scheme = schemes[index % len(schemes)]
+        lines.append(f"  {name}: {{_target_: qat.numerics.recipe.Rule, match: '.*{name}', weight: {scheme}}}")
+    file = tmp_path / "grids.yaml"
+    file.write_text("\n".join(lines) + "\n")
+    run = finish("train", f"recipe={file}", f"estimator={estimator}", "optim.scale_lr=0.2", "optim.warmup=0")
     export = json.loads((run.path / "summary.json").read_text())["export"]
     assert export["verified"]
     assert export["codes_equal"]
     assert export["weights_equal"]
     assert export["greedy_equal"]
+    packed = compressed_tensors.load(run.path / "export" / "compressed_tensors").tensors
+    assert {str(tensor.scheme) for tensor in packed.values()} == PACKED[grids]
 
 
 def summary(run):

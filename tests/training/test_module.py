@@ -195,7 +195,7 @@ def test_compiling_is_of_the_blocks_and_ends_with_the_forward(monkeypatch):
 
 def test_one_compilation_serves_all_blocks_but_the_first():
     """Whose input has no gradient."""
-    student = tiny(layers=5).train()
+    student = tiny(layers=3).train()
     prepare(student, recipe(), MinMax(), LSQ())
     split = SplitModel(student)
     split.compiled = compiled_blocks(student.base_model, "aot_eager")
