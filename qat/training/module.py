@@ -134,7 +134,9 @@ class QATModule(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch of token ids `[B, T]`."""
-        parts = self._replayed(batch) if self._replays() else self.parts(batch)
+        if not self._replays():
+            self._graph = None  # of steps that were unlike this one, and unlike what comes after
+        parts = self.parts(batch) if not self._replays() else self._replayed(batch)
         self.settle()  # what came before, while the GPU is busy with this
         self._doubt("loss", parts["loss"].detach(), batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
@@ -147,7 +149,10 @@ class QATModule(pl.LightningModule):
             self.settle()
 
     def settle(self) -> None:
-        """Raises ValueError if a loss or a gradient is not finite, which has then moved nothing; says where."""
+        """Raises ValueError if a loss or a gradient is not finite, and says where; it has moved nothing.
+
+        With accumulation, a loss is asked about before the next micro-batch, so `found_inf` need know the last alone.
+        """
         doubts, self._doubts = self._doubts, []
         for doubt in doubts:
             if not doubt.finite():
@@ -171,7 +176,8 @@ class QATModule(pl.LightningModule):
         return self.graphed and self.device.type == "cuda" and not observes and not ramps
 
     def _replayed(self, batch: Tensor) -> dict[str, Tensor]:
-        key = (self.schedule.phase(self.done, self.learns_scale), batch.shape)
+        schedule = self.schedule  # what it says of a step is part of what was captured
+        key = (schedule.phase(self.done, self.learns_scale), schedule.strength(self.done), batch.shape)
         if self._graph is None or self._graph[0] != key:
             self._graph = None  # its memory, before the next one takes as much
             trained = [p for p in self.student.parameters() if p.requires_grad]
@@ -199,11 +205,12 @@ class QATModule(pl.LightningModule):
             if parameters
         }
         # AdamW then leaves everything as it is: it comes before anybody has asked.
-        broken = torch.stack(list(norms.values())).isfinite().all().logical_not().float()
-        optimizer.found_inf = broken if self._replays() else None
+        numbers = torch.stack([*norms.values(), *(doubt.value for doubt in self._doubts)])
+        optimizer.found_inf = numbers.isfinite().all().logical_not().float() if self._replays() else None
         for name, norm in norms.items():
             self._doubt(f"the gradient of the {name}", norm)
-            torch.nn.utils.clip_grads_with_norm_(parts[name], gradient_clip_val or float("inf"), norm)
+            known = torch.where(norm.isfinite(), norm, 0.0)  # clipping by another would spoil all, and hide the first
+            torch.nn.utils.clip_grads_with_norm_(parts[name], gradient_clip_val or float("inf"), known)
             self.log(f"train/grad_norm_{name}", norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -211,6 +218,7 @@ class QATModule(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.done += 1
         if self.schedule.winq is not None and self.schedule.reinitialises(self.done, self.steps):
+            self.settle()
             reinitialise(self.student, self.schedule.winq.alpha)
 
     def on_validation_epoch_start(self) -> None:

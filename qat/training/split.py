@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class SplitModel:
             raise ValueError(f"{refused}: it has none apart (base_model_prefix={model.base_model_prefix!r}); {FIX}")
         self.model = model
         self.compiled = compiled_blocks(decoder) if compiled else {}
+        self.windows = True  # whether its attention can do without a mask (`nn/windows.py`); some families cannot
         self._given = _Given()
         self._rest = copy.copy(model)  # shallow: modules and parameters are the model's
         self._rest._modules = {n: self._given if m is decoder else m for n, m in model._modules.items()}
@@ -53,7 +55,7 @@ class SplitModel:
         try:
             for block, call in blocks.items():
                 block._compiled_call_impl = call
-            with whole_windows(self.model):
+            with whole_windows(self.model) if self.windows else nullcontext():
                 return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         finally:
             for block in blocks:
@@ -92,6 +94,11 @@ class SplitModel:
         bound = 8 * torch.finfo(expected.dtype).eps * float(expected.nan_to_num(0, 0, 0).abs().max())
         if found.shape != expected.shape or not torch.allclose(found, expected, 0.0, bound, equal_nan=True):
             raise ValueError(f"{refused} alone: recomputed from it, they differ; {FIX}")
+        try:
+            again = self.logits(self.hidden(ids, eager=True))
+            self.windows = torch.allclose(again, expected, 0.0, bound, equal_nan=True)
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # its modules ask for the name, or want a mask
+            self.windows = False
         return expected.shape[-1]
 
 

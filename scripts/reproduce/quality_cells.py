@@ -48,7 +48,8 @@ class Cells:
 
     def __init__(self, arguments: Namespace):
         self.arguments = arguments
-        self.kept = Path(arguments.work) / "kept"  # what several cells need: fine-tuned models, results of Block-AP
+        # What several cells need: fine-tuned models, results of Block-AP; of this code alone
+        self.kept = Path(arguments.work) / "kept" / str(arguments.commit)
         self._opened: dict[Any, Workbench] = {}
 
     def row(self, cell: Cell) -> tuple[Row, Row]:

@@ -104,6 +104,13 @@ def test_one_flipped_bit_is_found_and_named(copy, change, named):
         verify(copy)
 
 
+def test_one_bit_of_a_zero_point_is_found_and_named(tmp_path):
+    export(tmp_path / "ct", 4, False)
+    edit(tmp_path / "ct", flip(f"{Q}.weight_zero_point"))
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {Q}.zero_point is not what verify.json certifies"):
+        verify(tmp_path / "ct")
+
+
 def test_a_wrong_reference_is_found(copy):
     reference = copy / "verify" / "reference.safetensors"
     parts = load_file(reference)

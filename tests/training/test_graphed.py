@@ -12,7 +12,7 @@ from qat.nn.observers.minmax import MinMax
 from qat.surgery.prepare import prepare, set_phase
 from qat.training.certify import certify
 from qat.training.fit import Training, fit
-from qat.training.graphed import GraphedLoss, _Replayed
+from qat.training.graphed import GraphedLoss, _Replayed, near
 from qat.training.losses import Loss
 from qat.training.module import QATModule
 from qat.training.optim import Optim
@@ -30,6 +30,15 @@ def test_known_gradients_reach_their_parameters_scaled_and_as_copies():
     assert first.grad.tolist() == [1.0, 2.0]
     assert second.grad.tolist() == [3.0, 4.0]
     assert idle.grad is None
+
+
+def test_gradients_are_compared_by_their_norm_and_none_may_be_missing():
+    some, other = [torch.ones(4, 4), None, torch.ones(3)], torch.ones(4, 4)
+    assert near(some, [other * 1.01, None, torch.ones(3)])
+    assert not near(some, [other * 1.2, None, torch.ones(3)])
+    assert not near(some, [other, None, torch.zeros(3)])
+    assert not near(some, [other, torch.ones(1), torch.ones(3)])
+    assert not near(some, [other * torch.nan, None, torch.ones(3)])
 
 
 def test_a_cpu_has_no_graphs():

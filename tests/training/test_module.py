@@ -148,13 +148,48 @@ def test_a_replayed_loss_that_is_not_a_number_is_found_a_step_later_and_has_move
 def test_so_is_a_replayed_gradient(monkeypatch):
     found = module()
     step = replays(found, monkeypatch)
-    norm = found.student.model.norm.parametrizations.weight.original
-    norm.register_hook(lambda grad: grad * float("inf"))
-    before = norm.detach().clone()
+    weight = found.student.model.layers[0].self_attn.q_proj.weight
+    weight.register_hook(lambda grad: grad * torch.nan)
+    before = weight.detach().clone()
     step()
-    assert torch.equal(norm, before)
-    with pytest.raises(ValueError, match=r"gradient of the weights is (inf|nan) at step 0 \(first that of model\.norm"):
+    assert torch.equal(weight, before)
+    words = r"gradient of the weights is nan at step 0 \(first that of model\.layers\.0\.self_attn\.q_proj\.weight\)"
+    with pytest.raises(ValueError, match=words):
         found.on_validation_epoch_start()
+
+
+def test_scales_alone_that_are_not_finite_move_nothing_either(monkeypatch):
+    found = module()
+    step = replays(found, monkeypatch)
+    quant = found.student.model.layers[1].mlp.up_proj.weight_fake_quant
+    quant.log_step.register_hook(lambda grad: grad * torch.inf)
+    before = {name: p.detach().clone() for name, p in found.student.named_parameters()}
+    step()
+    assert all(torch.equal(p, before[name]) for name, p in found.student.named_parameters())
+    with pytest.raises(ValueError, match="gradient of the scales"):
+        found.on_save_checkpoint({})
+    step()
+    with pytest.raises(ValueError, match="gradient of the scales"):
+        found.on_train_end()
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_though_its_gradient_is(monkeypatch):
+    found = module()
+    step = replays(found, monkeypatch)
+    monkeypatch.setattr(found, "_replayed", lambda batch: {"loss": found.parts(batch)["loss"] + torch.inf})
+    before = {name: p.detach().clone() for name, p in found.student.named_parameters()}
+    step()
+    assert all(torch.equal(p, before[name]) for name, p in found.student.named_parameters())
+
+
+def test_an_eager_step_after_a_replayed_one_is_not_held_back(monkeypatch):
+    found = module()
+    optimizer, _ = Optim().build(found.student, 4)
+    optimizer.found_inf = torch.ones(())  # of a step before
+    found.log = found.log_dict = lambda *args, **kwargs: None
+    found.training_step(BATCH, 0).backward()
+    found.configure_gradient_clipping(optimizer, 1.0, "norm")
+    assert optimizer.found_inf is None
 
 
 def test_a_replayed_step_moves_what_an_eager_one_does(monkeypatch):
@@ -223,6 +258,32 @@ def test_what_is_replayed_is_settled(schedule, replayed, monkeypatch):
         assert found._replays() is expected
     found.graphed = False
     assert not found._replays()
+
+
+def test_what_a_step_was_captured_for_is_all_that_the_schedule_says(monkeypatch):
+    """A ramp begins with weights as they are: what was captured then is not what comes after it."""
+    captured = []
+
+    class Captured:
+        def __init__(self, function, parameters, batch):
+            captured.append(found.schedule.strength(found.done))
+            self.function = function
+
+        def __call__(self, batch):
+            return self.function(batch)
+
+    found = module()
+    found.schedule = PhaseSchedule(ramp=2)
+    found.log = found.log_dict = lambda *args, **kwargs: None
+    monkeypatch.setattr("qat.training.module.GraphedLoss", Captured)
+    monkeypatch.setattr(QATModule, "device", torch.device("cuda"))
+    for found.done in range(5):
+        found.as_trained()
+        found.training_step(BATCH, 0)
+        assert (found._graph is not None) is found._replays()
+    assert captured == [0.0, 1.0]
+    found.training_step(BATCH[:1], 0)
+    assert captured == [0.0, 1.0, 1.0]
 
 
 def test_validation_is_the_mean_over_predicted_tokens():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import recipe, tiny
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qat.nn.estimators import LSQ
@@ -110,3 +110,13 @@ def test_a_model_that_cannot_be_split_is_refused_by_name(build, words):
     with pytest.raises(ValueError, match=words):
         SplitModel(model)
     assert model.training
+
+
+def test_a_family_whose_attention_asks_for_its_name_keeps_its_masks():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    falcon = FalconForCausalLM(FalconConfig(vocab_size=256, alibi=False, **sizes))
+    split = SplitModel(falcon.eval())
+    assert not split.windows
+    expected = falcon(input_ids=IDS, use_cache=False).logits
+    assert torch.allclose(split.logits(split.hidden(IDS)), expected, atol=1e-5)
+    assert SplitModel(tiny()).windows

@@ -16,7 +16,7 @@ A row's elements are adjacent, or the logits are copied first; rows may lie anyw
 alone decides, so two runs are equal bit for bit. Nothing waits for the GPU or depends on values, so a CUDA graph may
 capture any call whose like, in dtypes and strides, has run before: the first one compiles.
 
-Bounds, for finite logits, V up to 2**18 and against exact arithmetic. L is a token's largest |logit|, D its largest
+Bounds, for finite logits, V up to 2**17 and against exact arithmetic. L is a token's largest |logit|, D its largest
 |log q - log p|, r = 2**-18 + 2**-21 L the relative error of a probability; the reference keeps to them as well.
 
     kl, jsd, KL(Q || M)       r + 2**-18 D

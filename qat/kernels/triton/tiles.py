@@ -6,6 +6,7 @@ import triton
 
 TILE = 2048  # elements of a program's tile: 16 for each of the threads of its four warps
 WARPS = 4
+CHUNKS = 32
 
 
 class Tiles(NamedTuple):
@@ -21,11 +22,12 @@ class Tiles(NamedTuple):
 def tiles(groups: int, size: int, whole: bool) -> Tiles:
     """Tiles of `groups` groups of `size` elements; `whole`: a program sees all of each of its groups, to add them up.
 
-    A width that divides the size is taken where it leaves 64 elements side by side or more: no lane idles.
+    A width that divides the size is taken where it leaves 64 elements side by side or more, so that no lane idles, and
+    no more than CHUNKS tiles after each other, so that sums stay accurate.
     """
-    width = triton.next_power_of_2(size)
-    if width != size and (size & -size) >= 64:
-        width = size & -size
+    width, divides = triton.next_power_of_2(size), size & -size
+    if width != size and divides >= 64 and size // divides <= CHUNKS:
+        width = divides
     width = min(width, TILE)
     block_g = min(TILE // width, triton.next_power_of_2(groups))
     steps = -(-size // width)
