@@ -50,7 +50,7 @@ class Tokens:
         if have < max(limit or 1, 1):
             raise ValueError(
                 f"{self.path}: split {split} has {len(stream)} tokens, {have} windows of {seq_len}; "
-                f"{limit or 1} asked for. Lower the sequence length or the number of windows"
+                f"{limit or 1} asked for. Lower the sequence length or the number of windows, or prepare more text"
             )
         count = have if limit is None else limit
         return torch.from_numpy(np.array(stream[: count * seq_len], dtype=np.int64)).view(count, seq_len)
