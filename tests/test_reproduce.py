@@ -90,7 +90,7 @@ def test_every_kind_of_cell_composes(plan, tmp_path):
         (tmp_path / name).mkdir()
     paths = {"tokens": str(tmp_path / "t"), "generated": str(tmp_path / "g"), "work": str(tmp_path)}
     given = Namespace(**paths, overrides=["optim.lr=1e-3"])
-    for cell in plan.plan([W4], ["ft_fp", "blockap", "gptq"], [1]) + plan.plan(["w8a8", "nvfp4"], ["qat"], [1]):
+    for cell in plan.plan([W4], list(plan.ARMS), [1]) + plan.plan(list(plan.RECIPES), ["qat"], [1]):
         config = plan.composed(cell, given)
         assert config["optim"]["lr"] == 1e-3
         more = [paths["tokens"]] * (plan.DOCS - 1) + [paths["generated"]]

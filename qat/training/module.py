@@ -134,9 +134,11 @@ class QATModule(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of one micro-batch of token ids `[B, T]`."""
-        if not self._replays():
-            self._graph = None  # of steps that were unlike this one, and unlike what comes after
-        parts = self.parts(batch) if not self._replays() else self._replayed(batch)
+        if self._replays():
+            parts = self._replayed(batch)
+        else:
+            self._graph = None  # of steps that were unlike this one
+            parts = self.parts(batch)
         self.settle()  # what came before, while the GPU is busy with this
         self._doubt("loss", parts["loss"].detach(), batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})

@@ -92,7 +92,7 @@ def test_one_of_two_uses_that_training_bypasses_is_found(name, message):
 def test_a_compiled_graph_is_watched_too(adapter):
     """Linears, lookups and the tied head; and linears with an adapter."""
     trained = module(rules=None if adapter else embedded(), adapter=adapter, layers=1)
-    trained.split.compiled = compiled_blocks(trained.student.base_model, "eager")
+    trained.split.compiled = compiled_blocks(trained.student.base_model, "aot_eager")
     trained.student.train()
     trained.forward_student(PROMPTS[0])  # compiled before anybody watches
     assert certify(trained, PROMPTS, "32-true")[2]["equal"] == (7 if adapter else 9)

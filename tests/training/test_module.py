@@ -233,7 +233,7 @@ def test_one_compilation_serves_all_blocks_but_the_first():
     student = tiny(layers=3).train()
     prepare(student, recipe(), MinMax(), LSQ())
     split = SplitModel(student)
-    split.compiled = compiled_blocks(student.base_model, "eager")
+    split.compiled = compiled_blocks(student.base_model, "aot_eager")
     torch._dynamo.reset()
     counters.clear()
     split.hidden(BATCH).sum().backward()
