@@ -3,11 +3,13 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
+import hydra_memo
 import pytest
 import torch
 
@@ -30,6 +32,13 @@ def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not go through a million objects of it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configs_are_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        hydra_memo.install(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,10 @@ def draw(paths: list[Path], directory: Path) -> list[Path]:
 
 def _pareto(runs: list[Run], metric: str, label: str, directory: Path) -> Path:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.add_axes((0.11, 0.11, 0.86, 0.86))
     for i, run in enumerate(runs):
         for name, arm in run.arms.items():
             if metric == "kl" and name == "fp":
@@ -31,10 +32,14 @@ def _pareto(runs: list[Run], metric: str, label: str, directory: Path) -> Path:
             where = (6, 4)
             axes.annotate(name, (size, arm[metric]), where, textcoords="offset points", fontsize=9)
         axes.plot([], [], "o", color=f"C{i}", label=run.name)
+    axes.margins(0.1)  # room for the names
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")  # "20", not a power of ten
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("safetensors, MB")
     axes.set_ylabel(f"{label} on the test windows")
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     file = directory / f"{metric}_vs_size.png"
     figure.savefig(file, dpi=120)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from qat.evaluation.reference import Sequence
 from qat.formats import compressed_tensors
 from qat.formats.base import linear_names, write_directory
 from qat.numerics.affine import rtn
@@ -69,6 +70,7 @@ class Saved:
 
     path: Path
     model: PreTrainedModel
+    quantized: dict[str, list[Sequence]] = field(default_factory=dict)  # what it says with a quantized cache
 
     def greedy(self, prompt: list[int], count: int = NEW) -> list[int]:
         ids = torch.tensor([prompt])
