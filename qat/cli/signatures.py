@@ -1,6 +1,7 @@
 """Signatures of what configs name, read from source: the packages that define them are never imported."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ PLAIN_BASES = ("object", "Generic", "Protocol", "ABC")  # they take no arguments
 UNKNOWN = Signature({}, any_keyword=True)
 
 
+@functools.cache
 def signature(target: str) -> Signature:
     """The signature of a dotted name.
 

@@ -13,6 +13,8 @@ from qat.evaluation.divergence import Scores
 from qat.formats import compressed_tensors
 from qat.surgery.changes import Changes
 
+pytestmark = pytest.mark.whole
+
 BENCH = SimpleNamespace(config={"seed": 3})
 SPENT = {"seconds": 1.0, "cpu_seconds": 2.0, "peak_mem_mb": 3}
 

@@ -150,6 +150,7 @@ def test_a_checkpoint_that_cannot_chat_says_so_at_once(path, tmp_path, capsys, m
     assert "chat template" in capsys.readouterr().err
 
 
+@pytest.mark.whole
 def test_in_a_terminal(path):
     """A prompt; Ctrl-C stops an answer, or drops a line; Ctrl-D leaves."""
     arguments = ["chat", str(path), "sampling.max_tokens=200", "threads=1", "engine.device=cpu"]

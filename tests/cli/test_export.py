@@ -6,6 +6,8 @@ from qat.cli.main import main
 from qat.formats import compressed_tensors
 from qat.formats.base import quantized_digests
 
+pytestmark = pytest.mark.whole
+
 
 def export(finished, tmp_path, *more):
     return main(["export", f"runs={finished.runs}", f"out={tmp_path / 'out'}", *more])

@@ -15,6 +15,8 @@ from qat.engine.config import EngineConfig
 from qat.engine.llm import LLM
 from qat.models import hf
 
+pytestmark = pytest.mark.whole
+
 SIZES = ("device=cpu", "tokens=1500", "length=24", "sequences=16", "min_distinct=0.1")
 
 

@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def gptq(finish):

@@ -15,6 +15,8 @@ from qat.cli import run
 from qat.cli.main import main
 from qat.formats import compressed_tensors
 
+pytestmark = pytest.mark.whole
+
 ARMS = ["fp", "rtn", "gptq", "awq", "qat"]
 ARM = {
     *("ppl", "nll", "nll_se", "tokens", "kl", "top1_agree", "bits_per_weight", "bits_per_quantized_weight", "bytes"),

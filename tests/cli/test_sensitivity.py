@@ -9,6 +9,8 @@ from qat.cli import sensitivity
 from qat.cli.main import main
 from qat.numerics.allocate import monotone
 
+pytestmark = pytest.mark.whole
+
 SMALL = ("observer.points=4", "bits=[2,3,4]", "budget=4", "evaluation={windows: 3, seq_len: 32, batch_size: 2}")
 
 

@@ -21,6 +21,8 @@ from qat.cli.errors import MissingExtra
 from qat.cli.main import main
 from qat.server import listen
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parents[2]
 
 

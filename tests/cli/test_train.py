@@ -5,6 +5,8 @@ import pytest
 from qat.cli.main import main
 from qat.formats import compressed_tensors
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def trained(finish):
