@@ -36,6 +36,7 @@ def read(run: Path) -> dict[str, Any]:
         "meta": {
             **named,
             "commit": (facts["git"] or {}).get("sha"),
+            "dirty": (facts["git"] or {}).get("dirty"),
             "versions": facts["versions"],
             "date": facts["started"],
             "threads": facts["threads"],
@@ -55,9 +56,9 @@ def table(run: dict[str, Any]) -> str:
     rows += [[row["arm"], *(format(row[key], how) for key, how in COLUMNS.values())] for row in run["rows"]]
     known = [k for k in ("kl", "nll") if best.get(k, {}).get("value") is not None]
     recovered = ", ".join(f"{k} {best[k]['value']:.3f} ({best[k]['winner']})" for k in known) or "nothing is known"
-    cost = run["meta"]["cost"]
+    cost, changes = run["meta"]["cost"], ", with changes" if run["meta"].get("dirty") else ""
     return "\n".join([
-        f"{run['meta']['run']}, commit {str(run['meta']['commit'])[:9]}, {run['meta']['date'][:10]}",
+        f"{run['meta']['run']}, commit {str(run['meta']['commit'])[:9]}{changes}, {run['meta']['date'][:10]}",
         "",
         *("| " + " | ".join(cells) + " |" for cells in rows),
         "",
@@ -77,7 +78,8 @@ def main() -> int:
     args = parser.parse_args()
     runs = [read(run) for run in args.runs]
     for run in runs:
-        run["meta"]["commit"] = args.commit or run["meta"]["commit"]
+        if args.commit:
+            run["meta"] |= {"commit": args.commit, "dirty": False}
         if args.wall is not None:
             run["meta"]["cost"]["wall_seconds"] = args.wall
         print(table(run))

@@ -29,6 +29,7 @@ from qat.numerics.qtensor import QuantizedTensor
 LOGIT_BOUND = 1e-4  # of the largest reference logit
 FAST_KL_BOUND = 0.02  # nats, of the fast path against the reference
 MIN_PROMPTS, MIN_TOKENS = 3, 32
+READ = (".json", ".jinja", ".model", ".py")  # what loaders look for: adapters, templates, tokenizers, code
 
 
 def issue(
@@ -97,6 +98,8 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
     if isinstance(captured, dict):
         equal, modules = captured.get("equal"), captured.get("modules")
         checks["captured"] = {**captured, "passed": isinstance(equal, int) and 0 < equal == modules}
+    elif captured is None and "sha256" in certificate:
+        checks["captured"] = {"reason": "the certificate does not say what was captured", "passed": False}
     elif captured is None:
         unchecked.append("weights of the training graph: only the run that trained them could capture them")
     checks |= _foreign(checkpoint, sequences)
@@ -194,11 +197,13 @@ def _file_digests(path: Path) -> dict[str, str]:
 
 
 def _files(path: Path, sha: Any) -> dict[str, Any]:
-    """Whether those files still are what they were; ones that came later are nobody's."""
+    """Whether those files still are what they were, and none came later that loaders would read (a README may)."""
     sha = sha if isinstance(sha, dict) else {}
     now = _file_digests(path)
     changed = sorted(name for name, value in sha.items() if now.get(name) != value)
-    return {"equal": len(sha) - len(changed), "changed": changed, "passed": bool(sha) and not changed}
+    added = sorted(name for name in now if name not in sha and Path(name).suffix in READ)
+    passed = bool(sha) and not changed and not added
+    return {"equal": len(sha) - len(changed), "changed": changed, "added": added, "passed": passed}
 
 
 def _reference_digests(sequences: list[Sequence]) -> list[dict[str, str]]:

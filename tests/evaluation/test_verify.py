@@ -283,6 +283,15 @@ def test_other_files_must_be_those_that_were_certified(copy, name):
     assert not certificate["verified"]
 
 
+def test_a_file_that_loaders_would_read_may_not_come_later(copy):
+    (copy / "README.md").write_text("# A model")
+    assert verify(copy)["verified"]
+    (copy / "adapter_config.json").write_text("{}")
+    certificate = verify(copy)
+    assert certificate["checks"]["files"]["added"] == ["adapter_config.json"]
+    assert not certificate["verified"]
+
+
 def test_a_check_that_breaks_off_takes_back_what_was_said_before(copy):
     assert verify(copy)["verified"]
     edit(copy, flip("model.norm.weight"))
@@ -326,7 +335,9 @@ def test_a_flip_that_is_no_near_tie_fails_the_fast_path(copy, monkeypatch):
     assert not certificate["checks"]["fast_path"]["passed"]
 
 
-@pytest.mark.parametrize("change", [{"files": None}, {"files": []}, {"captured": {}}, {"captured": {"equal": "a"}}])
+@pytest.mark.parametrize(
+    "change", [{"files": None}, {"files": []}, {"captured": {}}, {"captured": {"equal": "a"}}, {"captured": None}]
+)
 def test_a_certificate_that_says_nothing_proves_nothing(copy, change):
     certificate = json.loads((copy / "verify.json").read_text())
     (copy / "verify.json").write_text(json.dumps(certificate | change | {"verified": True}))
