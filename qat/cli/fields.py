@@ -139,6 +139,8 @@ FIELDS: dict[str, Check] = {
     "tokens": whole(),
     "length": whole(2),
     "sequences": whole(),
+    "prompt.path": text(null=True),
+    "prompt.tokens": whole(),
     "min_distinct": FRACTION,
     "splits.validation": FRACTION,
     "splits.test": FRACTION,

@@ -136,6 +136,9 @@ def budget(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Iterato
 
 def data(config: dict[str, Any]) -> Iterator[Problem]:
     """Prepared tokens, or local text files."""
+    prompt = at(config, "prompt.path")
+    if isinstance(prompt, str) and not Path(prompt).expanduser().is_dir():
+        yield Problem("prompt.path", f"{prompt} is no directory; it holds tokens that were prepared earlier")
     extra = at(config, "data.extra")
     for path in extra if isinstance(extra, list) else []:
         if isinstance(path, str) and not Path(path).expanduser().is_dir():

@@ -2,7 +2,8 @@
 
 LLM-QAT (arXiv:2305.17888, section 3.1) found that text which begins with a random token of the vocabulary, goes on with
 the likeliest tokens for a few, and is then drawn from the model's own distribution, trains better than greedy text,
-which repeats itself, and than text that is drawn from the start. So does each sequence here.
+which repeats itself, and than text that is drawn from the start. So does each sequence here; or it begins with a piece
+of a text (`prompt.path`), and the model goes on in the domain of that.
 """
 
 import gc
@@ -40,7 +41,9 @@ def main(config: dict[str, Any]) -> int:
     out = Path(config["out"]).expanduser().absolute()
     path, digest, sha = teacher(config)
     kept = ("tokens", "length", "sequences", "seed", "sampling", "min_distinct", "splits")
-    settings = {"model": sha, "tokenizer": digest, "device": device.type} | {key: config[key] for key in kept}
+    text, prompt = _text(config["prompt"], digest)
+    settings = {"model": sha, "tokenizer": digest, "device": device.type, "prompt": prompt}
+    settings |= {key: config[key] for key in kept}
     part = generated.begin(out, settings)
     if part is None:
         print(f"{out} is finished, with these settings")
@@ -50,7 +53,7 @@ def main(config: dict[str, Any]) -> int:
     gc.collect()
     gc.freeze()  # thousands of objects come and go in each step: the collector need not look at all others each time
     try:
-        _fill(collection, part, llm, config)
+        _fill(collection, part, llm, config, text)
     finally:
         gc.unfreeze()
     eos = llm.tokenizer.eos_token_id
@@ -82,7 +85,9 @@ def teacher(config: dict[str, Any]) -> tuple[Path, str, str]:
     return path, digest, sha
 
 
-def sequences(llm: LLM, config: dict[str, Any], first: int, count: int) -> list[np.ndarray]:
+def sequences(
+    llm: LLM, config: dict[str, Any], first: int, count: int, text: np.ndarray | None = None
+) -> list[np.ndarray]:
     """Sequences `first` to `first + count - 1`, int32 `[<= length]` each, without the eos that ended them.
 
     Each is a function of model, settings and its index. A GPU rounds differently at another batch size, and a draw may
@@ -91,11 +96,14 @@ def sequences(llm: LLM, config: dict[str, Any], first: int, count: int) -> list[
     Raises:
         ValueError: The engine could not go on with one, by its message.
     """
-    params = SamplingParams(max_tokens=config["length"] - 1, **config["sampling"])
-    starts = start_tokens(llm, config["seed"], first, count).tolist()
+    if text is None:
+        starts = start_tokens(llm, config["seed"], first, count)[:, None].tolist()
+    else:
+        starts = pieces(llm, text, config["prompt"]["tokens"], config["seed"], first, count).tolist()
+    params = SamplingParams(max_tokens=config["length"] - len(starts[0]), **config["sampling"])
     said = {
-        llm.engine.add_request([token], replace(params, seed=config["seed"] << 31 | index)): [token]
-        for index, token in enumerate(starts, first)
+        llm.engine.add_request(start, replace(params, seed=config["seed"] << 31 | index)): [*start]
+        for index, start in enumerate(starts, first)
     }
     while llm.engine.has_unfinished():
         for event in llm.engine.step():
@@ -121,7 +129,31 @@ def start_tokens(llm: LLM, seed: int, first: int, count: int) -> np.ndarray:
     return np.concatenate(found)[place : place + count]
 
 
-def _fill(collection: Collection, part: Path, llm: LLM, config: dict[str, Any]) -> None:
+def pieces(llm: LLM, text: np.ndarray, size: int, seed: int, first: int, count: int) -> np.ndarray:
+    """What sequences begin with, `[count, size]`: pieces of a text that no document ends in, drawn with replacement.
+
+    Raises:
+        ValueError: No document is so long.
+    """
+    ends = np.concatenate([[0], np.cumsum(text == llm.tokenizer.eos_token_id)])
+    whole = np.flatnonzero(ends[size:] == ends[:-size])
+    if not len(whole):
+        raise ValueError(f"prompt.tokens={size}: no document of the train split of prompt.path is so long; use fewer")
+    draws = uniforms([~(seed << 31)] * count, range(first, first + count)).numpy()
+    return text[whole[(draws * len(whole)).astype(np.int64)][:, None] + np.arange(size)]
+
+
+def _text(prompt: dict[str, Any], tokenizer: str) -> tuple[np.ndarray | None, dict[str, Any] | None]:
+    """The text that sequences begin with pieces of, and what the settings say of it; None and None without."""
+    if prompt["path"] is None:
+        return None, None
+    tokens = load(Path(prompt["path"]).expanduser())
+    if tokens.tokenizer != tokenizer:
+        raise ValueError(f"prompt.path: {prompt['path']} was made with another tokenizer; prepare it with the model's")
+    return np.asarray(tokens.streams["train"]), {"data": tokens.fingerprint, "tokens": prompt["tokens"]}
+
+
+def _fill(collection: Collection, part: Path, llm: LLM, config: dict[str, Any], text: np.ndarray | None) -> None:
     """Takes the shards that are there, and makes more until there is enough text."""
     for shard in generated.shards(part):
         collection.extend(shard)
@@ -131,7 +163,7 @@ def _fill(collection: Collection, part: Path, llm: LLM, config: dict[str, Any]) 
     while not collection.full:
         first, before = collection.num_seen, collection.num_tokens
         count = min(config["sequences"], collection.expected(config["length"]))
-        shard = sequences(llm, config, first, count)
+        shard = sequences(llm, config, first, count, text)
         generated.save_shard(part, first, shard)
         collection.extend(shard)
         if collection.num_tokens == before:

@@ -151,8 +151,11 @@ def data(config: dict[str, Any]) -> Iterator[Problem]:
 def generate(config: dict[str, Any]) -> Iterator[Problem]:
     """Sequences draw some of their tokens, and some of them train."""
     greedy, length = at(config, "sampling.greedy_tokens"), at(config, "length")
-    if is_number(greedy) and is_number(length) and greedy >= length - 1:
-        text = f"{greedy} of the {length - 1} tokens after the first: none would be drawn; use fewer"
+    given = at(config, "prompt.tokens") if at(config, "prompt.path") is not None else 1
+    if is_number(given) and is_number(length) and given >= length:
+        yield Problem("prompt.tokens", f"{given} of the {length} tokens of a sequence: none would be said; use fewer")
+    elif is_number(greedy) and is_number(given) and is_number(length) and greedy >= length - given:
+        text = f"{greedy} of the {length - given} tokens after the beginning: none would be drawn; use fewer"
         yield Problem("sampling.greedy_tokens", text)
     shares = [at(config, f"splits.{split}") for split in ("validation", "test")]
     if all(map(is_number, shares)) and sum(shares) >= 1:

@@ -10,7 +10,8 @@ work=${WORK:-$root/runs/quality}
 python=.venv/bin/python
 mkdir -p "$work"
 [ -d "$work/prose/wives" ] || $python scripts/reproduce/texts.py "$work/prose"
-[ -f "$work/generated/manifest.json" ] || $python -m qat generate out="$work/generated" tokens=1600000 sequences=4096
+[ -f "$work/generated/manifest.json" ] \
+  || $python -m qat generate out="$work/generated" tokens=6000000 sequences=4096 seed=77
 if [ ! -d "$work/tokens" ]; then
   $python -m qat run experiment=smoke dry_run=true logger=none resume=never runs="$work/runs"
   run=$(ls -d "$work"/runs/smoke/*/ | tail -1)  # a dry run is not the latest

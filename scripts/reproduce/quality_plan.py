@@ -18,7 +18,7 @@ from qat.cli.verbs import VERBS
 PTQ = ("rtn", "mse_rtn", "gptq", "awq")
 LONG = ["loss=kl", "trainer.max_steps=2000", "trainer.checkpoint_every=2000", "trainer.val_every=2000"]
 DISTILLED = {"qat": LONG, "blockap_qat": LONG}  # arm: what it adds to the settings of its recipe
-DOCS = 4  # times the train split of python_docs beside the generated text, which is five times its size
+DOCS = 4  # times the train split of python_docs beside the generated text, which is nearly twenty times its size
 TRAINED = {"ft_fp": ["loss=ce"], "blockap": [], **DISTILLED, "qat_ce": ["loss=ce"]}
 ARMS = ("fp", *TRAINED, *PTQ, "ft_gptq")
 NEEDS = {"ft_gptq": "ft_fp", "blockap_qat": "blockap"}
@@ -27,8 +27,8 @@ DRAWN = (*TRAINED, "gptq", "awq", "ft_gptq")  # they depend on the seed; the oth
 
 RECIPES: dict[str, list[str]] = {  # tuned on the validation split
     "w4a16_g64": ["optim.lr=2e-4"],
-    "w3a16_g64": ["optim.lr=4e-4"],
-    "w2a16_g64": ["optim.lr=8e-4"],
+    "w3a16_g64": ["optim.lr=5e-4"],
+    "w2a16_g64": ["optim.lr=2e-3"],
     "w4a16_channel": ["optim.lr=2e-4"],
     "w8a8": ["optim.lr=1e-4"],
     "w4a8": ["optim.lr=2e-4"],
@@ -38,7 +38,7 @@ RECIPES: dict[str, list[str]] = {  # tuned on the validation split
 REPEATED = ("w4a16_g64", "w3a16_g64", "w2a16_g64")  # with every seed; the others with the first
 COMMON = ["format=none", "logger=none", "resume=never", "calibration.samples=128", "calibration.batch_size=8",
           "trainer.batch_size=32", "trainer.max_steps=400", "trainer.checkpoint_every=400", "trainer.val_every=400",
-          "trainer.compile=true", "trainer.log_every=50",
+          "trainer.compile=true", "trainer.log_every=50", "optim.scale_lr=3e-3",
           "evaluation.windows=24", "evaluation.batch_size=8",
           "+method@arms.mse_rtn=mse_rtn", "+method@arms.blockap=blockwise"]  # fmt: skip
 BLOCKAP = ["calibration.samples=1024", "arms.blockap.epochs=6", "arms.blockap.batch_size=8"]

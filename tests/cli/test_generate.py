@@ -90,6 +90,43 @@ def test_rounds_begin_with_every_word_once(llm):
     assert generate.start_tokens(llm, 8, 0, words).tolist() != starts[:words]
 
 
+def test_a_sequence_begins_with_a_piece_of_the_text(llm, root):
+    """Which no document ends in, another one for each index; and the model goes on as it would from there."""
+    text = np.asarray(load(root / "tokens").streams["train"]).copy()
+    text[::9] = 0
+    prompted = config(prompt={"path": "somewhere", "tokens": 6})
+    whole = lists(generate.sequences(llm, prompted, 0, 20, text))
+    everywhere = {tuple(text[i : i + 6].tolist()) for i in range(len(text) - 5)}
+    begun = [tuple(tokens[:6]) for tokens in whole]
+    assert set(begun) <= everywhere
+    assert 0 not in [token for tokens in whole for token in tokens]
+    assert len(set(begun)) > 15
+    assert max(map(len, whole)) == 24
+    assert lists(generate.sequences(llm, prompted, 13, 3, text)) == whole[13:16]
+    model, _ = hf.load("tiny", str(root / "model"))
+    likely = model(torch.tensor([whole[0]])).logits[0].argmax(-1).tolist()
+    assert whole[0][6:10] == likely[5:9]
+    with pytest.raises(ValueError, match=r"prompt\.tokens=9: no document"):
+        generate.sequences(llm, config(prompt={"path": "somewhere", "tokens": 9}), 0, 2, text)
+
+
+def test_a_text_to_begin_with_shows_in_the_settings_and_is_of_the_same_tokenizer(made, root, tmp_path):
+    _, plain, _ = made("text")
+    _, tokens, said = made("prompted", f"prompt.path={root / 'tokens'}", "prompt.tokens=8")
+    assert tokens.fingerprint != plain.fingerprint, said
+    manifest = json.loads((tmp_path / "prompted" / "manifest.json").read_text())
+    fingerprint = load(root / "tokens").fingerprint
+    assert manifest["source"]["settings"]["prompt"] == {"data": fingerprint, "tokens": 8}
+    train, begun = load(root / "tokens").streams["train"].tolist(), tokens.streams["train"][:8].tolist()
+    assert any(train[i : i + 8] == begun for i in range(len(train)))
+    shutil.copytree(root / "tokens", tmp_path / "other")
+    text = (tmp_path / "other" / "manifest.json").read_text()
+    (tmp_path / "other" / "manifest.json").write_text(text.replace(tokens.tokenizer, "0" * 64))
+    status, _, said = made("text", f"prompt.path={tmp_path / 'other'}", "prompt.tokens=8")
+    assert status == 1
+    assert "made with another tokenizer" in said
+
+
 def test_resumed_is_unbroken(made, tmp_path, monkeypatch):
     _, unbroken, _ = made("unbroken")
     save_shard, calls = generate.generated.save_shard, []
@@ -183,6 +220,9 @@ def test_what_cannot_be_is_refused_first(made, monkeypatch):
         ("splits.test=0.95", 2, "leave some for training"),
         ("sampling.temperature=-1", 2, "sampling.temperature"),
         ("tokens=0", 2, "tokens: expected an integer"),
+        ("prompt.path=/nowhere", 2, "prompt.path: /nowhere is no directory"),
+        ("prompt={path: /tmp, tokens: 24}", 2, "prompt.tokens: 24 of the 24 tokens"),
+        ("prompt={path: /tmp, tokens: 20}", 2, "4 of the 4 tokens after the beginning"),
     ]:
         found, _, said = made("text", change)
         assert (found, words in said) == (status, True), said
