@@ -13,7 +13,7 @@ ruff format --check .
 mypy
 lint-imports
 if (($#)); then
-  python -m pytest -n 2 --dist loadfile "$@"
+  python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" "$@"
 else
   python -m pytest -n 2 --dist loadfile
   python -m pytest -n 2 --dist loadfile -m whole

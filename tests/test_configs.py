@@ -1,15 +1,19 @@
 """Law (k): every config composes, resolves and binds."""
 
 import inspect
+import os
 from collections.abc import Iterator
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import hydra_memo
 import pytest
 import yaml
+from hydra._internal import config_repository, defaults_list
 from hydra.utils import get_object
+from omegaconf import open_dict
 
 from qat.cli.compose import compose, plain
 from qat.cli.devices import check_choices
@@ -86,6 +90,29 @@ def test_what_is_packaged_is_valid(verb):
     diffs = [diff for diff in DIFFS if any(slot.key == diff.split("=")[0] for slot in slots(verb.primary))]
     for texts in ([], *([diff] for diff in diffs)):
         assert [str(problem) for problem in validate(verb, texts, TREE, files=False)[1]] == [], texts
+
+
+def test_what_tests_remember_of_hydras_files_is_what_hydra_reads(monkeypatch, tmp_path):
+    """Though what was composed is changed, a file of a test's own is written anew, and defaults refer to choices."""
+    (tmp_path / "format").mkdir()
+
+    def composed(number):
+        text = f"defaults:\n- none\n- /experiment@other: ${{experiment}}\nnumber: {number}\n"
+        (tmp_path / "format" / "mine.yaml").write_text(text)
+        os.utime(tmp_path / "format" / "mine.yaml", ns=(number, number))
+        tree = Tree.of([str(tmp_path)])
+        return [compose(primary, Overrides(["format=mine", "experiment=smoke"]), tree) for primary in ("run", "train")]
+
+    for config in composed(1):
+        with open_dict(config):
+            config.seed = 99
+            config.format.clear()
+    found = [plain(config)[0] for config in composed(2)]
+    monkeypatch.setattr(config_repository.ConfigRepository, "load_config", hydra_memo.LOAD)
+    monkeypatch.setattr(defaults_list, "_create_interpolation_map", hydra_memo.COLLECT)
+    assert found == [plain(config)[0] for config in composed(2)]
+    assert found[0]["format"]["number"] == 2
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("group", GLOBAL_GROUPS)

@@ -26,11 +26,17 @@ def bits(x):
     return x.view({4: torch.int32, 2: torch.int16}[x.element_size()])
 
 
-def thousand_seeds(rows=4, columns=32):
-    """A thousand random matrices, stacked, of widely different sizes, some all zero."""
+def thousand_seeds(rows=4, columns=32, alike=False):
+    """A thousand random matrices, stacked, of widely different sizes, some all zero.
+
+    `alike`: all of the same largest element, so that one scale for all of them uses the whole grid in each.
+    """
     x = torch.cat([
         torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed % 9 - 6)
         for seed in range(SEEDS)
     ])  # fmt: skip
+    if alike:
+        each = x.view(SEEDS, -1)
+        return (each / each.abs().amax(1, keepdim=True)).view_as(x)
     x[::97] = 0
     return x

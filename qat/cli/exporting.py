@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat.cli.rundir import versions
 from qat.cli.workbench import Workbench
+from qat.data.text import tokenizer_digest
 from qat.evaluation import reference
 from qat.evaluation.precision import compared_in
 from qat.evaluation.reference import Sequence
@@ -58,6 +59,7 @@ def export(
     path = path or bench.run.path / "export" / name
     recipe, tensors = FORMATS[name].expressed(bench.recipe, tensors)
     FORMATS[name].save(path, bench.model, recipe, tensors, folded, bench.tokenizer, bench.dtype)
+    _check_tokenizer(path, bench.tokenizer)
     device = "cuda" if bench.device.type == "cuda" else "cpu"
     facts = {
         "arm": arm,
@@ -69,6 +71,14 @@ def export(
     }
     issue(path, tensors, unquantized_state(bench.model, tensors, folded, bench.dtype), sequences, facts)
     return outcome(str(path), verify(path, device))
+
+
+def _check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What was written says what the tokenizer of training says: the certificate's prompts are ids, and see no text."""
+    written = AutoTokenizer.from_pretrained(path)
+    assert tokenizer_digest(written) == tokenizer_digest(tokenizer), f"{path}: another tokenizer was written"
+    for name in ("chat_template", "eos_token_id", "bos_token_id"):
+        assert getattr(written, name) == getattr(tokenizer, name), f"{path}: another {name} was written"
 
 
 def outcome(path: str, certificate: dict[str, Any]) -> dict[str, Any]:

@@ -22,14 +22,25 @@ from qat.evaluation import foreign, reference
 from qat.evaluation.precision import compared_in
 from qat.evaluation.reference import Sequence, difference
 from qat.formats import compressed_tensors
-from qat.formats.base import CERTIFICATE, Checkpoint, certified_parts, digest, quantized_digests, read_json
+from qat.formats.base import (
+    CERTIFICATE,
+    Checkpoint,
+    certified_parts,
+    digest,
+    quantized_digests,
+    read_json,
+    tensor_files,
+)
 from qat.numerics.metrics import kl
 from qat.numerics.qtensor import QuantizedTensor
 
 LOGIT_BOUND = 1e-4  # of the largest reference logit
 FAST_KL_BOUND = 0.02  # nats, of the fast path against the reference
 MIN_PROMPTS, MIN_TOKENS = 3, 32
-READ = (".json", ".jinja", ".model", ".py")  # what loaders look for: adapters, templates, tokenizers, code
+READ = (  # what loaders look for: adapters, templates, tokenizers, code; and weights, of which some take every file
+    *(".json", ".jinja", ".model", ".py"),
+    *(".safetensors", ".bin", ".pt", ".pth", ".gguf"),
+)
 
 
 def issue(
@@ -98,7 +109,7 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
     if isinstance(captured, dict):
         equal, modules = captured.get("equal"), captured.get("modules")
         checks["captured"] = {**captured, "passed": isinstance(equal, int) and 0 < equal == modules}
-    elif captured is None and "sha256" in certificate:
+    elif "sha256" in certificate and not (isinstance(captured, str) and captured):
         checks["captured"] = {"reason": "the certificate does not say what was captured", "passed": False}
     elif captured is None:
         unchecked.append("weights of the training graph: only the run that trained them could capture them")
@@ -191,9 +202,14 @@ def _scores(llm: LLM, sequences: list[Sequence]) -> list[Tensor]:
 
 
 def _file_digests(path: Path) -> dict[str, str]:
-    """SHA-256 of every file of the directory that holds no tensors: config, generation config, tokenizer, template."""
-    files = (p for p in path.iterdir() if p.is_file() and p.suffix != ".safetensors" and p.name != CERTIFICATE)
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
+    """SHA-256 of every file, in folders too, but those whose tensors are certified one by one, and the certificate.
+
+    Config, generation config, tokenizer, templates. A link that leads to no file counts as an empty one.
+    """
+    elsewhere = {*tensor_files(path).values(), path / CERTIFICATE, path / reference.FILE}
+    files = (p for p in sorted(path.rglob("*")) if (p.is_file() or p.is_symlink()) and p not in elsewhere)
+    content = ((p, p.read_bytes() if p.is_file() else b"") for p in files)
+    return {p.relative_to(path).as_posix(): hashlib.sha256(data).hexdigest() for p, data in content}
 
 
 def _files(path: Path, sha: Any) -> dict[str, Any]:
@@ -201,7 +217,8 @@ def _files(path: Path, sha: Any) -> dict[str, Any]:
     sha = sha if isinstance(sha, dict) else {}
     now = _file_digests(path)
     changed = sorted(name for name, value in sha.items() if now.get(name) != value)
-    added = sorted(name for name in now if name not in sha and Path(name).suffix in READ)
+    later = [name for name in now if name not in sha]
+    added = sorted(name for name in later if Path(name).suffix in READ or not (path / name).is_file())
     passed = bool(sha) and not changed and not added
     return {"equal": len(sha) - len(changed), "changed": changed, "added": added, "passed": passed}
 

@@ -80,6 +80,26 @@ def test_a_large_vocabulary_gives_the_same_nucleus() -> None:
             torch.testing.assert_close(probs / share, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_a_nucleus_that_ends_where_the_head_does() -> None:
+    """Of equal tokens, top_p times as many: one fewer, as many and one more than the head has."""
+    size = 2 * HEAD
+    row = torch.zeros(size)
+    for kept in (HEAD - 1, HEAD, HEAD + 1):
+        row = torch.arange(size, 0, -1) * 1e-4
+        probs = row.double().softmax(-1)
+        exact = float(probs[:kept].cumsum(-1)[-1])
+        found = filtered(row[None], [SamplingParams(temperature=1.0, top_p=exact - 1e-7)])[0]
+        assert int((found > 0).sum()) == kept
+        more = filtered(row[None], [SamplingParams(temperature=1.0, top_p=exact + 1e-7)])[0]
+        assert int((more > 0).sum()) == kept + 1
+
+
+def test_a_token_that_reaches_top_p_exactly_is_the_last() -> None:
+    row = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    found = filtered(row[None], [SamplingParams(temperature=1.0, top_p=0.75)])[0]
+    assert (found > 0).tolist() == [True, True, False, False]
+
+
 def test_uniform_is_uniform_and_stateless() -> None:
     values = uniforms([seed for seed in range(40) for _ in range(250)], [*range(250)] * 40)
     assert 0 <= float(values.min()) < float(values.max()) < 1

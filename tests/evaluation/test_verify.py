@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_export import PROMPTS, export
 
 from qat.engine.llm import LLM
-from qat.evaluation import foreign
-from qat.evaluation.verify import LOGIT_BOUND, verify
+from qat.evaluation import foreign, reference
+from qat.evaluation.verify import FAST_KL_BOUND, LOGIT_BOUND, verify
 from qat.formats import compressed_tensors
 from qat.numerics.kv import KINDS
 
@@ -284,11 +284,20 @@ def test_other_files_must_be_those_that_were_certified(copy, name):
 
 
 def test_a_file_that_loaders_would_read_may_not_come_later(copy):
+    """In a folder neither: `additional_chat_templates/default.jinja` wins over the template of the export."""
     (copy / "README.md").write_text("# A model")
     assert verify(copy)["verified"]
-    (copy / "adapter_config.json").write_text("{}")
+    names = ["adapter_config.json", "additional_chat_templates/default.jinja", "custom_generate/generate.py"]
+    names += ["pytorch_model.bin", "special_tokens_map.json", "zz_model.safetensors"]
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "custom_generate").mkdir()
+    for name in names:
+        (copy / name).write_bytes(b"")
+    (copy / "special_tokens_map.json").unlink()
+    (copy / "special_tokens_map.json").symlink_to("nowhere")
+    shutil.copyfile(copy / "model.safetensors", copy / "zz_model.safetensors")
     certificate = verify(copy)
-    assert certificate["checks"]["files"]["added"] == ["adapter_config.json"]
+    assert certificate["checks"]["files"]["added"] == names
     assert not certificate["verified"]
 
 
@@ -313,6 +322,33 @@ def test_logits_that_are_not_numbers_are_close_to_nothing(copy, monkeypatch):
     assert not checks["engine"]["passed"]
     assert not checks["transformers_fp32"]["passed"]
     assert not checks["fast_path"]["passed"]
+
+
+def test_the_fast_paths_divergence_has_a_bound_of_its_own(copy, monkeypatch):
+    """Logits that are flatter everywhere flip nothing; one token that flips by far is little in the mean."""
+    score, exact = LLM.score, [sequence.logits for sequence in reference.load(copy)]
+    off = [one.clone() for one in exact]
+    top = off[0][2].topk(2)
+    off[0][2, top.indices[1]] = top.values[0] + 1e-3
+    for scores, bound, flips in (([one * 0.5 for one in exact], FAST_KL_BOUND, 0), (off, 1e9, 1)):
+
+        def said(llm, texts, prefill, scores=scores):
+            return score(llm, texts, prefill) if llm.config.kernel == "reference" else scores
+
+        monkeypatch.setattr(LLM, "score", said)
+        monkeypatch.setattr("qat.evaluation.verify.FAST_KL_BOUND", bound)
+        fast = verify(copy)["checks"]["fast_path"]
+        assert len(fast["flips"]) == flips
+        assert (fast["kl"] > fast["bound"]) is not bool(flips)
+        assert not fast["passed"]
+
+
+def test_a_certificate_without_its_reference_is_not_that_of_the_reference(copy):
+    certificate = json.loads((copy / "verify.json").read_text())
+    del certificate["reference"]
+    (copy / "verify.json").write_text(json.dumps(certificate))
+    with pytest.raises(ValueError, match="not the reference"):
+        verify(copy)
 
 
 def test_a_flip_that_is_no_near_tie_fails_the_fast_path(copy, monkeypatch):

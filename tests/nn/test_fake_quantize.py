@@ -237,6 +237,8 @@ def test_with_half_its_strength_half_the_gradient_goes_straight(estimator):
         steps = [p.grad for p in (quant.log_step, quant.zero_step) if p is not None and p.requires_grad]
         found.append([x.grad, *steps])
     assert torch.equal(found[0][0], grad)
+    assert all(bool((step == 0).all()) for step in found[0][1:])  # nothing is quantized, so no scale has a say
+    assert all(bool((step != 0).any()) for step in found[2][1:])
     for none, half, whole in zip(*found, strict=True):
         assert torch.allclose(half, (none + whole) / 2, rtol=1e-4, atol=1e-6)
 

@@ -155,3 +155,15 @@ def test_torchaos_codes_mean_the_same_and_differ_from_ours_on_ties_alone(bits, m
         assert bool(((u - u.floor() - 0.5).abs() <= 2 * 2.0**-23 * u.abs()).all())
         moved += int(differs.sum())
     assert moved <= 0.005 * 10 * x.numel()  # found: 0.5 % at 8 bits, none below
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_the_zero_point_follows_from_the_scale_as_stored(width):
+    """Not from the scale before rounding, by which some of them would differ."""
+    lo, hi = -torch.rand(4096) * 3, torch.rand(4096) * 3
+    own = Scheme(IntGrid(width), PerChannel(), symmetric=False)
+    scale, zero = qparams(lo, hi, own, torch.bfloat16)
+    low, high = own.grid.qmin, own.grid.qmax
+    assert torch.equal(zero.float(), torch.round(low - lo / scale.float()).clamp(low, high))
+    unrounded = (hi - lo) / (high - low)
+    assert not torch.equal(zero.float(), torch.round(low - lo / unrounded).clamp(low, high))

@@ -82,6 +82,16 @@ def test_a_norm_absorbs_exactly_what_its_rounded_weight_says():
     assert torch.allclose(stored.float() * scales, old, rtol=1e-6)
 
 
+def test_a_value_channel_takes_the_geometric_mean_of_what_its_query_heads_want():
+    model = tiny()
+    block, smoothing = block_of(model), next(one for one in LLAMA.smoothings if one.repeats)
+    wanted = torch.rand(64) * 3 + 0.2
+    scales = absorbed(block, smoothing, wanted, torch.float64).reshape(2, 2, 16)  # kv heads, queries of each, channels
+    heads = wanted.reshape(2, 2, 16)
+    assert torch.equal(scales[:, 0], scales[:, 1])
+    assert torch.allclose(scales[:, 0], (heads[:, 0] * heads[:, 1]).sqrt())
+
+
 def test_no_mapping_ends_worse_than_rtn_and_the_model_is_left_alone():
     model = uneven()
     before = copy.deepcopy(model.state_dict())

@@ -8,6 +8,7 @@ from qat.nn.adapter import LoRA
 from qat.nn.estimators import LSQ, StraightThrough
 from qat.nn.lora import LowRank
 from qat.nn.observers.minmax import MinMax
+from qat.numerics.qtensor import QuantizedTensor
 from qat.surgery.adapt import add_lora
 from qat.surgery.convert import apply, convert
 from qat.surgery.prepare import fake_quants, prepare
@@ -97,6 +98,22 @@ def test_a_compiled_graph_is_watched_too(adapter):
     trained.forward_student(PROMPTS[0])  # compiled before anybody watches
     assert certify(trained, PROMPTS, "32-true")[2]["equal"] == (7 if adapter else 9)
     torch._dynamo.reset()
+
+
+def test_equal_numbers_of_other_bits_are_found(monkeypatch):
+    """-0 for +0: equal as numbers, and not what is served, bit for bit."""
+    trained = module()
+    name = "model.layers.1.mlp.up_proj"
+    dequantize = QuantizedTensor.dequantize
+
+    def signed(tensor, dtype):
+        values = dequantize(tensor, dtype)
+        return torch.where(values == 0, -torch.zeros_like(values), values)
+
+    assert bool((convert(trained.student)[0][name].codes == 0).any())
+    monkeypatch.setattr(QuantizedTensor, "dequantize", signed)
+    with pytest.raises(AssertionError, match="training computed with other weights"):
+        certify(trained, PROMPTS, "32-true")
 
 
 def test_prompts_fill_a_batch_of_trainings_shape():

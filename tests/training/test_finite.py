@@ -1,9 +1,12 @@
 import pytest
 import torch
-from tiny import tiny
+from tiny import recipe, tiny
 from torch import nn
 
-from qat.training.finite import Doubt, first_not_finite
+from qat.nn.estimators import LSQ
+from qat.nn.observers.minmax import MinMax
+from qat.surgery.prepare import prepare
+from qat.training.finite import Doubt, first_broken, first_not_finite
 from qat.training.split import SplitModel
 
 IDS = torch.tensor([[5, 9, 200, 7]])
@@ -60,3 +63,13 @@ def test_asking_does_not_wait_for_what_was_launched_since():
     assert doubt.finite()
     assert not torch.cuda.current_stream().query(), "the GPU is busy still"
     torch.cuda.synchronize()
+
+
+def test_a_served_scale_that_is_not_finite_is_named_though_all_parameters_are():
+    model = tiny()
+    prepare(model, recipe(), MinMax(), LSQ())
+    assert first_broken(model) is None
+    quant = model.model.layers[1].mlp.up_proj.weight_fake_quant
+    with torch.no_grad():
+        quant.log_step.fill_(1e4)  # its exponential is beyond any dtype
+    assert first_broken(model) == "the scale of model.layers.1.mlp.up_proj.weight_fake_quant"

@@ -272,18 +272,20 @@ def test_what_a_step_was_captured_for_is_all_that_the_schedule_says(monkeypatch)
         def __call__(self, batch):
             return self.function(batch)
 
-    found = module()
-    found.schedule = PhaseSchedule(ramp=2)
-    found.log = found.log_dict = lambda *args, **kwargs: None
     monkeypatch.setattr("qat.training.module.GraphedLoss", Captured)
     monkeypatch.setattr(QATModule, "device", torch.device("cuda"))
-    for found.done in range(5):
-        found.as_trained()
-        found.training_step(BATCH, 0)
-        assert (found._graph is not None) is found._replays()
-    assert captured == [0.0, 1.0]
-    found.training_step(BATCH[:1], 0)
-    assert captured == [0.0, 1.0, 1.0]
+    for ramp in (2, 1):  # with a step between that is not replayed, and without
+        captured.clear()
+        found = module()
+        found.schedule = PhaseSchedule(ramp=ramp)
+        found.log = found.log_dict = lambda *args, **kwargs: None
+        for found.done in range(5):
+            found.as_trained()
+            found.training_step(BATCH, 0)
+            assert (found._graph is not None) is found._replays()
+        assert captured == [0.0, 1.0]
+        found.training_step(BATCH[:1], 0)
+        assert captured == [0.0, 1.0, 1.0]
 
 
 def test_validation_is_the_mean_over_predicted_tokens():

@@ -123,6 +123,8 @@ def test_everything_follows_the_step():
     assert schedule.phase(4, False) is Phase.FROZEN
     assert [schedule.strength(step) for step in range(8)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
     assert [done for done in range(13) if schedule.reinitialises(done, 12)] == [6, 9]  # not 3: scales still follow
+    settled = PhaseSchedule(start=2, freeze=6, winq=WinQ(3, 0.5))
+    assert [done for done in range(13) if settled.reinitialises(done, 12)] == [6, 9]  # as soon as they no longer do
 
 
 def test_without_a_ramp_everything_is_on_at_once_and_nothing_moves():
