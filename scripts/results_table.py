@@ -49,23 +49,32 @@ def read(run: Path) -> dict[str, Any]:
     }
 
 
+def headline(run: dict[str, Any]) -> str:
+    """What ran, where, at what cost, and what came of it."""
+    meta, export, size = run["meta"], run["meta"]["export"], {row["arm"]: row["bytes"] / 1e6 for row in run["rows"]}
+    cost, changes = meta["cost"], ", with changes" if meta.get("dirty") else ""
+    wall = f", the command {cost['wall_seconds']:.0f} s by the wall" if "wall_seconds" in cost else ""
+    return (
+        f"{meta['run']}, commit {str(meta['commit'])[:9]}{changes}, {meta['date'][:10]}: the run took "
+        f"{cost['run_seconds']:.0f} s and {cost['run_cpu_seconds']:.0f} CPU s{wall}; {cost['run_peak_mem_mb']} MB at "
+        f"its peak. {size['qat']:.1f} MB instead of {size['fp']:.1f}, "
+        f"{'verified' if export['verified'] else 'NOT verified'}."
+    )
+
+
 def table(run: dict[str, Any]) -> str:
     """The arms of a run as Markdown."""
-    best, rows = run["meta"]["recovered"].get("vs_best_ptq", {}), [["arm", *COLUMNS]]
-    rows += [["---"] * len(rows[0])]
+    rows = [["arm", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     rows += [[row["arm"], *(format(row[key], how) for key, how in COLUMNS.values())] for row in run["rows"]]
-    known = [k for k in ("kl", "nll") if best.get(k, {}).get("value") is not None]
-    recovered = ", ".join(f"{k} {best[k]['value']:.3f} ({best[k]['winner']})" for k in known) or "nothing is known"
-    cost, changes = run["meta"]["cost"], ", with changes" if run["meta"].get("dirty") else ""
-    return "\n".join([
-        f"{run['meta']['run']}, commit {str(run['meta']['commit'])[:9]}{changes}, {run['meta']['date'][:10]}",
-        "",
-        *("| " + " | ".join(cells) + " |" for cells in rows),
-        "",
-        f"recovered against the best PTQ: {recovered}; verified: {run['meta']['export']['verified']}; "
-        f"{cost['run_seconds']:.0f} s, {cost['run_cpu_seconds']:.0f} CPU s, peak {cost['run_peak_mem_mb']} MB",
-        "",
-    ])  # fmt: skip
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def recovered(run: dict[str, Any]) -> str:
+    """How much of what the best PTQ arm loses QAT does not."""
+    best = run["meta"]["recovered"].get("vs_best_ptq", {})
+    known = {key: best[key] for key in ("kl", "nll") if best.get(key, {}).get("value") is not None}
+    parts = [f"{100 * one['value']:.1f} % of the {key} of {one['winner']}" for key, one in known.items()]
+    return f"Recovered against the best PTQ: {', '.join(parts) or 'nothing is known'}."
 
 
 def main() -> int:
@@ -82,7 +91,7 @@ def main() -> int:
             run["meta"] |= {"commit": args.commit, "dirty": False}
         if args.wall is not None:
             run["meta"]["cost"]["wall_seconds"] = args.wall
-        print(table(run))
+        print(headline(run), table(run), recovered(run), sep="\n\n", end="\n\n")
     if args.json:
         content = {
             "meta": {"argv": sys.argv, "runs": [r["meta"] for r in runs]},
