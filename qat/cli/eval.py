@@ -23,8 +23,11 @@ from qat.surgery.convert import apply
 def main(config: dict[str, Any]) -> int:
     """Prints one JSON object, and appends it to the run's `evaluations.jsonl`."""
     quiet()
-    run = find(config["runs"], config["run"])
-    path = Path(config["path"]).expanduser() if config["path"] else export_of(config["runs"], config["run"])
+    if config["path"]:
+        run, path = find(config["runs"], config["run"]), Path(config["path"]).expanduser()
+    else:
+        path = export_of(config["runs"], config["run"])
+        run = path.parents[1]
     device = pick_device(config["device"])
     if config["threads"]:
         torch.set_num_threads(config["threads"])

@@ -7,7 +7,7 @@ import yaml
 
 from qat.cli.arms import quantize, train
 from qat.cli.exporting import export, references
-from qat.cli.rundir import RunDir, find
+from qat.cli.rundir import RunDir, find, is_finished
 from qat.cli.workbench import open_workbench
 from qat.report.tables import export_lines
 from qat.surgery.convert import apply
@@ -15,7 +15,7 @@ from qat.surgery.convert import apply
 
 def main(config: dict[str, Any]) -> int:
     """Exit 0 only if the export is verified."""
-    path = find(config["runs"], config["run"])
+    path = find(config["runs"], config["run"], lambda path: is_finished(path, "run", "train", "ptq"))
     settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) | {"format": config["format"]}
     methods = dict(settings.get("arms") or {})
     if "method" in settings:

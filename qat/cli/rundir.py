@@ -1,7 +1,8 @@
 """The run directory: fixed by the parent process, resumed if unfinished, never used by two processes at once.
 
 runs/<experiment>/<time>-<id>/{config.yaml, run.json, metrics.jsonl, summary.json, checkpoints/, export/, plots/}
-runs/latest -> the one that was begun or taken up last
+runs/latest -> the one that was begun or taken up last; to those who want an export or measurements, `latest` is the
+newest run that has them
 """
 
 import fcntl
@@ -13,6 +14,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -130,13 +132,21 @@ class RunDir:
         part.replace(self.path / name)
 
 
-def find(runs: str, run: str) -> Path:
+def find(runs: str, run: str, fits: Callable[[Path], bool] | None = None) -> Path:
     """The directory of a run: `latest`, or a path, as it is or below `runs`.
+
+    Args:
+        runs: The directory of all runs.
+        run: What was typed.
+        fits: What the run is wanted for: if the latest one does not fit, `latest` is the newest of those that do.
 
     Raises:
         ValueError: There is no such run.
     """
     path = _named(Path(runs).expanduser(), run)
+    if run == "latest" and fits is not None and path.is_dir() and not fits(path):
+        others = [file.parent for file in path.parent.glob("*/*/run.json") if fits(file.parent)]
+        path = max(others, key=lambda other: str(_read(other / "run.json").get("started")), default=path)
     if not (path / "run.json").is_file():
         raise ValueError(
             f"run={run}: no run at {path}; start one with `qat run experiment=quickstart`, or name another"
@@ -150,11 +160,20 @@ def export_of(runs: str, run: str) -> Path:
     Raises:
         ValueError: There is no such run, or it has not come to exporting.
     """
-    path = find(runs, run)
-    own = (_read(path / "summary.json").get("export") or {}).get("path")  # not what `qat export` wrote beside it
-    if own is None or not (path / "export" / Path(own).name / "config.json").is_file():
-        raise ValueError(f"run={run}: {path} has no export yet; repeat its command to finish it")
-    return path / "export" / Path(own).name
+    path = find(runs, run, lambda path: _export(path) is not None)
+    if (export := _export(path)) is None:
+        at_work = "another process is at it; wait for it" if _in_use(path) else "repeat its command to finish it"
+        raise ValueError(f"run={run}: {path} has no export yet; {at_work}, or name another run")
+    return export
+
+
+def is_finished(path: Path, *verbs: str) -> bool:
+    """Whether a directory is that of a finished run of one of some verbs, and not of a dry one."""
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return False
+    return config["verb"] in verbs and not config["dry_run"] and _read(path / "run.json").get("status") == "finished"
 
 
 def config_sha(config: dict[str, Any]) -> str:
@@ -192,6 +211,20 @@ def _named(runs: Path, run: str) -> Path:
     """The directory that a name stands for: `latest` below `runs`, else as it is, else below `runs`."""
     path = Path(run).expanduser()
     return runs / path if run == "latest" or (not path.is_dir() and (runs / path).is_dir()) else path
+
+
+def _export(path: Path) -> Path | None:
+    """The exported checkpoint of a run, and not what `qat export` wrote beside it; None if there is none."""
+    own = (_read(path / "summary.json").get("export") or {}).get("path")
+    found = None if own is None else path / "export" / Path(own).name
+    return found if found is not None and (found / "config.json").is_file() else None
+
+
+def _in_use(path: Path) -> bool:
+    lock = _lock(path)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
 def _resumable(path: Path, sha: str) -> bool:

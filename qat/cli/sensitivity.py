@@ -17,7 +17,7 @@ from qat.cli.arms import full_precision_arm, ptq_arm
 from qat.cli.meter import Meter
 from qat.cli.mixed import dump, mixed_recipe
 from qat.cli.run import WIDTH, say
-from qat.cli.rundir import find
+from qat.cli.rundir import find, is_finished
 from qat.cli.workbench import Workbench, open_workbench
 from qat.evaluation.divergence import mean, standard_error
 from qat.evaluation.sensitivity import Replay, Unit, divided, measure, units
@@ -36,7 +36,7 @@ State = dict[str, Any]
 
 def main(config: dict[str, Any]) -> int:
     """Measures, allocates, writes `recipe.yaml`, and judges it beside one width for all."""
-    source = find(config["runs"], config["measured"]) if config["measured"] else None  # before `latest` is this run
+    source = _source(config)  # before `latest` is this run, and before anything is loaded
     bench = open_workbench(config, split="validation")
     structure = structure_of(bench.model.config.model_type)
     found = units(list(bench.plan.quantized), structure, bench.config["unit"])
@@ -75,16 +75,28 @@ def _budget(bench: Workbench) -> int:
         raise ValueError(f"budget: {error}") from None
 
 
+def _source(config: dict[str, Any]) -> Path | None:
+    """The run that measured, if one is named.
+
+    Raises:
+        ValueError: It is no finished run of this verb.
+    """
+    if not config["measured"]:
+        return None
+    source = find(config["runs"], config["measured"], lambda path: is_finished(path, "sensitivity"))
+    if not is_finished(source, "sensitivity"):
+        raise ValueError(f"measured={source}: no finished run of qat sensitivity")
+    return source
+
+
 def _taken_over(bench: Workbench, source: Path) -> State:
     """The units of another run.
 
     Raises:
-        ValueError: It is no finished run of this verb, or measured something else.
+        ValueError: It measured something else.
     """
     known = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
     facts = json.loads((source / "run.json").read_text(encoding="utf-8"))
-    if known["verb"] != "sensitivity" or facts["status"] != "finished" or known["dry_run"]:
-        raise ValueError(f"measured={source}: no finished run of qat sensitivity")
     other = [key for key in MEASURING if known[key] != bench.config[key]]
     other += [key for key in ("model", "data") if facts[key]["fingerprint"] != bench.run.facts[key]["fingerprint"]]
     if other:

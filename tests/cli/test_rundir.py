@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from qat.cli.errors import guard
-from qat.cli.rundir import RunDir, config_sha, export_of, find, git, versions
+from qat.cli.rundir import RunDir, config_sha, export_of, find, git, is_finished, versions
 
 CONFIG = {
     "verb": "run",
@@ -278,6 +278,46 @@ def test_the_export_of_a_run_is_its_own_not_one_that_was_written_beside_it(confi
         os.utime(file, (1000 - age, 1000 - age))
     (path / "summary.json").write_text(json.dumps({"export": {"path": "/where/the/run/was/once/own"}}))
     assert export_of(config["runs"], "latest") == path / "export" / "own"
+
+
+def exported(path):
+    (path / "export" / "own").mkdir(parents=True)
+    (path / "export" / "own" / "config.json").touch()
+    (path / "summary.json").write_text(json.dumps({"export": {"path": "own"}}))
+    return path
+
+
+def test_latest_is_the_newest_that_has_what_is_wanted(config):
+    """A run that was begun later, and has no export, takes nothing away."""
+    old, new = (exported(begin(config, seed=seed)) for seed in (2, 3))
+    for path, day in ((old, 1), (new, 2)):
+        facts = json.loads((path / "run.json").read_text())
+        (path / "run.json").write_text(json.dumps(facts | {"started": f"2026-01-0{day}"}))
+    without = begin(config, seed=4)
+    assert find(config["runs"], "latest") == without.resolve()
+    assert export_of(config["runs"], "latest") == new / "export" / "own"
+    with pytest.raises(ValueError, match="has no export yet"):
+        export_of(config["runs"], str(without))
+    exported(without)
+    assert export_of(config["runs"], "latest") == without / "export" / "own"
+
+
+def test_a_run_at_work_is_not_to_be_repeated(config):
+    run = RunDir.open(config)
+    run.start(config, {})
+    with pytest.raises(ValueError, match="has no export yet; another process is at it; wait for it"):
+        export_of(config["runs"], "latest")
+
+
+def test_finished_is_of_a_verb_and_not_dry(config):
+    path = begin(config)
+    assert not is_finished(path, "run")
+    for dry, verbs, expected in ((False, ("train", "run"), True), (False, ("train",), False), (True, ("run",), False)):
+        run = RunDir.open(config | {"resume": "never", "dry_run": dry})
+        run.start(config | {"dry_run": dry}, {})
+        run.finish()
+        assert is_finished(run.path, *verbs) is expected
+    assert not is_finished(path / "nothing", "run")
 
 
 def test_the_sha_is_that_of_the_content(config):

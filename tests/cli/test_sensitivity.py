@@ -170,9 +170,13 @@ def test_other_measurements_are_not_taken_over(done, capsys, more, words):
     assert words in capsys.readouterr().err
 
 
-def test_only_a_run_of_this_verb_has_measurements(done, finished, capsys):
+def test_only_a_run_of_this_verb_has_measurements(done, finished, capsys, monkeypatch):
+    """And that is said before anything is loaded."""
+    monkeypatch.setattr("qat.cli.sensitivity.open_workbench", None)
+    before = sorted(done.runs.glob("*/*"))
     assert go(done, f"measured={finished.path}")[0] == 1
     assert "no finished run of qat sensitivity" in capsys.readouterr().err
+    assert sorted(done.runs.glob("*/*")) == before
 
 
 def test_units_of_one_kind(done):
