@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -31,19 +31,25 @@ class Block:
             asked to propagate changes.
         inputs: Hidden states `[B, T, H]`, a batch each.
         kwargs: Keyword arguments of the block, a batch each.
-        targets: What the original block computes in the full-precision model, a batch each; empty if not asked for.
+        original: The block as it was, not to be changed.
+        full: Hidden states of the full-precision model, a batch each: what the original block computes there, or what
+            it gets; empty if not asked for.
     """
 
     name: str
     module: nn.Module
     inputs: list[Tensor]
     kwargs: list[dict[str, Any]]
-    targets: list[Tensor] = field(default_factory=list)
+    original: nn.Module
+    full: list[Tensor] = field(default_factory=list)
 
-    def output(self, index: int, module: nn.Module | None = None) -> Tensor:
-        """What the block as it now is, or another in its place, makes of one batch; on the module's device."""
+    def output(self, index: int, module: nn.Module | None = None, stream: list[Tensor] | None = None) -> Tensor:
+        """What the block as it now is, or another in its place, makes of one batch, of the inputs or of another stream.
+
+        On the module's device.
+        """
         module = module or self.module
-        hidden = self.inputs[index].to(next(module.parameters()).device)
+        hidden = (self.inputs if stream is None else stream)[index].to(next(module.parameters()).device)
         output = module(hidden, **self.kwargs[index])
         return output if isinstance(output, Tensor) else output[0]
 
@@ -63,7 +69,7 @@ def walk(
     recipe: Recipe,
     store: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-    targets: bool = False,
+    full: Literal["inputs", "outputs", False] = False,
     offload: bool = False,
 ) -> Changes:
     """Visits every decoder block in order.
@@ -77,7 +83,7 @@ def walk(
         recipe: Schemes of the stored tensors, for a resumed walk.
         store: A directory in which each finished block is kept; a walk that finds some there goes on after them.
         progress: Called with (blocks done, blocks in all).
-        targets: Whether a second stream, the full-precision model's, goes along, and blocks get its targets.
+        full: Whether a second stream, the full-precision model's, goes along, and which side of it blocks get.
         offload: Whether hidden states wait on the CPU.
 
     Returns:
@@ -91,22 +97,26 @@ def walk(
     inputs, kwargs = _capture(model, layers, batches)
     place = torch.device("cpu") if offload else inputs[0].device
     inputs = [hidden.to(place) for hidden in inputs]
-    full = list(inputs) if targets else []
+    stream = list(inputs) if full else []
     changes, done = Changes(), 0
     if store is not None:
         store.mkdir(parents=True, exist_ok=True)
-        done = _restore(store, changes, recipe, inputs, full, len(layers), next(model.parameters()).device)
+        done = _restore(store, changes, recipe, inputs, stream, len(layers), next(model.parameters()).device)
     for index in range(done, len(layers)):
         last, name = index + 1 == len(layers), f"{blocks}.{index}"
-        _advance(Block(name, layers[index], full, kwargs[index]), "its full-precision output")
-        block = Block(name, copy.deepcopy(layers[index]), inputs, kwargs[index], full)
+        original = Block(name, layers[index], stream, kwargs[index], layers[index])
+        if full == "outputs":
+            _advance(original, "its full-precision output")
+        block = Block(name, copy.deepcopy(layers[index]), inputs, kwargs[index], layers[index], stream)
         found = visit(block)
         changes.add(found)
+        if full == "inputs" and not last:
+            _advance(original, "its full-precision output")
         if not last:
             source = block.module if propagate else layers[index]
-            _advance(Block(name, source, inputs, kwargs[index]), "its output")
+            _advance(Block(name, source, inputs, kwargs[index], source), "its output")
         if store is not None:
-            _keep(store, index, found, {} if last else {"inputs": inputs, "full": full})
+            _keep(store, index, found, {} if last else {"inputs": inputs, "full": stream})
         if progress is not None:
             progress(index + 1, len(layers))
     return changes

@@ -153,7 +153,7 @@ def blockwise(
         rules = _rules(block, plan)
         return train_block(block, Recipe(rules), model.config, how) if rules else Changes()
 
-    return walk(model, steps, blocks, visit, True, recipe, store, progress, targets=True, offload=offload)
+    return walk(model, steps, blocks, visit, True, recipe, store, progress, "outputs", offload)
 
 
 def train_block(block: Block, recipe: Recipe, config: PretrainedConfig, how: BlockTraining) -> Changes:
@@ -243,7 +243,7 @@ def _output(block: Block, module: nn.Module, index: int) -> Tensor:
 def _loss(block: Block, module: nn.Module, index: int, relative: bool) -> Tensor:
     """Mean squared error of one batch, in fp32."""
     output = _output(block, module, index)
-    wanted = block.targets[index].to(output.device).float()
+    wanted = block.full[index].to(output.device).float()
     error = (output.float() - wanted).square().mean(-1)
     if relative:
         error = error / (wanted.square().mean(-1) + torch.finfo(torch.float32).eps)
@@ -262,13 +262,13 @@ def _losses(block: Block, module: nn.Module, scale: float, relative: bool) -> Ca
         return _loss(block, module, index, relative) / scale
 
     def tensors(index: int) -> list[Tensor]:
-        values = (block.inputs[index], block.targets[index], *tree_flatten(block.kwargs[index])[0])
+        values = (block.inputs[index], block.full[index], *tree_flatten(block.kwargs[index])[0])
         return [value.to(parameters[0].device) for value in values if isinstance(value, Tensor)]
 
     def step(hidden: Tensor, wanted: Tensor, *more: Tensor) -> dict[str, Tensor]:
         given = iter(more)
         kwargs = tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in first], spec)
-        batch = Block(block.name, module, [hidden], [kwargs], [wanted])
+        batch = Block(block.name, module, [hidden], [kwargs], block.original, [wanted])
         return {"loss": _loss(batch, module, 0, relative) / scale}
 
     if not _replays(parameters[0].device):
@@ -287,7 +287,7 @@ def _replays(device: torch.device) -> bool:
 
 
 def _mean_loss(block: Block, module: nn.Module, relative: bool) -> float:
-    sizes = [target.numel() for target in block.targets]
+    sizes = [target.numel() for target in block.full]
     with kept(module):
         losses = [_loss(block, module, index, relative) * size for index, size in enumerate(sizes)]
     return float(torch.stack(losses).double().sum()) / sum(sizes)

@@ -34,7 +34,7 @@ def uneven():
 
 
 def block_of(model, index=0):
-    return Block(f"model.layers.{index}", copy.deepcopy(model.model.layers[index]), [], [])
+    return Block(f"model.layers.{index}", copy.deepcopy(model.model.layers[index]), [], [], model.model.layers[index])
 
 
 @pytest.mark.parametrize("smoothing", LLAMA.smoothings, ids=lambda s: s.previous)
@@ -56,7 +56,7 @@ def test_folding_leaves_the_function_alone(smoothing, biased):
     model = model.double()
     ids = torch.randint(0, 256, (2, 16))
     before = model(input_ids=ids).logits
-    block = Block("model.layers.0", model.model.layers[0], [], [])
+    block = Block("model.layers.0", model.model.layers[0], [], [], model.model.layers[0])
     names = {n for s in LLAMA.smoothings for n in s.linears}
     weights = {n: block.module.get_parameter(f"{n}.weight").detach().clone() for n in names}
     size = weights[smoothing.linears[0]].shape[1]

@@ -21,7 +21,8 @@ MLP = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
 def block(model, index, layers="model.layers"):
-    return Block(f"{layers}.{index}", model.get_submodule(f"{layers}.{index}"), [], [])
+    module = model.get_submodule(f"{layers}.{index}")
+    return Block(f"{layers}.{index}", module, [], [], module)
 
 
 def test_targets_are_the_quantized_linears_of_one_block_by_their_name_in_it():

@@ -128,14 +128,15 @@ def halve(block):
 
 
 @pytest.mark.parametrize("offload", [True, False])
-def test_targets_are_the_full_precision_models_beside_inputs_of_the_changed_one(offload):
+@pytest.mark.parametrize(("side", "later"), [("inputs", 0), ("outputs", 1)])
+def test_the_full_precision_models_states_go_beside_inputs_of_the_changed_one(side, later, offload):
     model, seen = tiny(layers=3), []
 
     def visit(block):
-        seen.append(([x.clone() for x in block.inputs], [x.clone() for x in block.targets]))
+        seen.append(([x.clone() for x in block.inputs], [x.clone() for x in block.full]))
         return halve(block)
 
-    walk(model, BATCHES, "model.layers", visit, True, recipe(), targets=True, offload=offload)
+    walk(model, BATCHES, "model.layers", visit, True, recipe(), full=side, offload=offload)
     full = seen_by_the_model(copy.deepcopy(model))
     halved = copy.deepcopy(model)
     with torch.no_grad():
@@ -144,12 +145,12 @@ def test_targets_are_the_full_precision_models_beside_inputs_of_the_changed_one(
     changed = seen_by_the_model(halved)
     for i, (inputs, targets) in enumerate(seen):
         assert all(torch.equal(a, b) for a, b in zip(inputs, changed[i], strict=True))
-        if i + 1 < len(seen):
-            assert all(torch.equal(a, b) for a, b in zip(targets, full[i + 1], strict=True))
+        if i + later < len(seen):
+            assert all(torch.equal(a, b) for a, b in zip(targets, full[i + later], strict=True))
 
 
 def test_without_being_asked_there_are_no_targets():
-    walk(tiny(), BATCHES, "model.layers", lambda b: Changes() if b.targets == [] else 1 / 0, True, recipe())
+    walk(tiny(), BATCHES, "model.layers", lambda b: Changes() if b.full == [] else 1 / 0, True, recipe())
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -158,11 +159,11 @@ def test_both_streams_survive_a_kill(tmp_path, monkeypatch, torn):
     model, seen = tiny(layers=3), []
 
     def visit(block):
-        seen.append((block.name, [x.clone() for x in [*block.inputs, *block.targets]]))
+        seen.append((block.name, [x.clone() for x in [*block.inputs, *block.full]]))
         return halve(block)
 
     def go(store, progress=None):
-        walk(model, BATCHES, "model.layers", visit, True, recipe(), store, progress, targets=True)
+        walk(model, BATCHES, "model.layers", visit, True, recipe(), store, progress, full="outputs")
 
     def kill(done, blocks):
         if done == 2:
