@@ -46,6 +46,7 @@ from qat.surgery.prepare import fake_quants, prepare
 from qat.surgery.walk import Block, walk
 from qat.training.graphed import GraphedLoss
 from qat.training.optim import Optim
+from qat.training.signed import signed
 
 Trained = Literal["weights", "round", "scales", "zeros", "norms"]
 FINAL = 0.05  # the cosine ends at lr / 20
@@ -62,8 +63,9 @@ class BlockTraining:
     train: Sequence[Trained]
     relative: bool
     epochs: int
-    lr: float
-    scale_lr: float
+    lr: float | None
+    scale_lr: float | None
+    signed: bool
     seed: int
     dtype: torch.dtype
 
@@ -77,8 +79,11 @@ class BlockTraining:
         if self.epochs < 1:
             raise ValueError(f"blockwise: epochs={self.epochs}; use 1 or more")
         for name in ("lr", "scale_lr"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"blockwise: {name}={getattr(self, name)}; a finite number, 0 or larger")
+            rate = getattr(self, name)
+            if rate is None and not self.signed:
+                raise ValueError(f"blockwise: {name}=null has a meaning with signed=true only; give a number")
+            if rate is not None and not (rate >= 0 and math.isfinite(rate)):
+                raise ValueError(f"blockwise: {name}={rate}; a finite number, 0 or larger")
 
 
 def blockwise(
@@ -94,8 +99,9 @@ def blockwise(
     relative: bool = True,
     epochs: int = 2,
     batch_size: int = 2,
-    lr: float = 5e-4,
-    scale_lr: float = 5e-3,
+    lr: float | None = 5e-4,
+    scale_lr: float | None = 5e-3,
+    signed: bool = False,
     seed: int = 0,
     offload: bool = False,
     dtype: torch.dtype = torch.bfloat16,
@@ -122,6 +128,8 @@ def blockwise(
         batch_size: Sequences for each optimizer step.
         lr: Learning rate of weights and norms; cosine to a twentieth, as are those of scales.
         scale_lr: Learning rate of the logarithms of scales, and of zero points.
+        signed: Signed gradient descent in place of AdamW, as AutoRound (`signed.py`): `lr` is then in units of the
+            quantization step, both rates fall to 0, and null is one over the number of steps.
         seed: Order of the batches, with block and epoch.
         offload: Whether hidden states wait on the CPU.
         dtype: Storage dtype of scales and norms.
@@ -137,7 +145,18 @@ def blockwise(
             arguments contradict each other, or the loss of a block stops being finite; finished blocks stay in `store`.
     """
     how = BlockTraining(
-        observer, estimator, input_observer, input_estimator, tuple(train), relative, epochs, lr, scale_lr, seed, dtype
+        observer,
+        estimator,
+        input_observer,
+        input_estimator,
+        tuple(train),
+        relative,
+        epochs,
+        lr,
+        scale_lr,
+        signed,
+        seed,
+        dtype,
     )
     plan, blocks = match(model, recipe), structure_of(model.config.model_type).blocks
     for name, scheme in plan.quantized.items():
@@ -191,8 +210,13 @@ def train_block(block: Block, recipe: Recipe, config: PretrainedConfig, how: Blo
 def _descend(block: Block, student: nn.Module, scale: float, how: BlockTraining) -> int:
     """All optimizer steps of a block; how many there were."""
     module, batches = student.get_submodule(block.name), len(block.inputs)
-    optim = Optim(lr=how.lr, scale_lr=how.scale_lr, warmup=0.0, final=FINAL)
-    optimizer, schedule = optim.build(student, how.epochs * batches)
+    if how.signed:
+        optimizer, schedule = signed(student, how.epochs * batches, how.lr, how.scale_lr)
+    else:
+        assert how.lr is not None
+        assert how.scale_lr is not None
+        optim = Optim(lr=how.lr, scale_lr=how.scale_lr, warmup=0.0, final=FINAL)
+        optimizer, schedule = optim.build(student, how.epochs * batches)
     linears = fake_quants(student).values() if "round" in how.train else ()
     boxes = {linear: linear.weight.detach().clone() for linear in linears}
     loss_of = _losses(block, module, scale, how.relative)
