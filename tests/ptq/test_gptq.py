@@ -1,4 +1,4 @@
-"""GPTQ against a naive implementation of its definition, and the laws that it must obey."""
+"""GPTQ on models: what each linear sees, what is solved together, what comes out."""
 
 import copy
 
@@ -7,8 +7,6 @@ import torch
 from tiny import recipe, scheme, tiny
 
 from qat.nn.observers.minmax import MinMax
-from qat.nn.observers.mse import MSE
-from qat.numerics.affine import qparams, quantize, ranges
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
@@ -17,122 +15,10 @@ from qat.ptq.gptq import gptq
 from qat.ptq.gptq_solver import (
     accumulate_cross,
     accumulate_hessian,
-    column_order,
-    inverse_factor,
     quantize_weight,
-    unequal,
 )
 from qat.ptq.rtn import rtn
 from qat.surgery.convert import apply
-
-SCHEMES = [
-    Scheme(IntGrid(4), PerGroup(32)),
-    Scheme(IntGrid(3), PerGroup(16), symmetric=False),
-    Scheme(IntGrid(2), PerChannel()),
-    Scheme(IntGrid(8), PerTensor()),
-]
-
-
-def problem(rows=24, columns=64, tokens=200, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) * 0.3 + torch.eye(columns)
-    x = (torch.randn(tokens, columns, generator=generator) @ mixing).to(dtype)
-    hessian = torch.zeros(columns, columns, dtype=dtype)
-    accumulate_hessian(hessian, x)
-    return (torch.randn(rows, columns, generator=generator) * 0.05).to(dtype), x, hessian
-
-
-def naive(weight, hessian, scheme, order, current=False, damping=0.01):
-    """Optimal brain quantization with an explicit inverse, one column removed at a time, in fp64."""
-    scale, zero_point = qparams(*ranges(weight, scheme), scheme, torch.bfloat16)
-    size = weight.shape[1] // (scale.shape[-1] if isinstance(scheme.granularity, PerGroup) else 1)
-    columns, members = weight.shape[1], torch.arange(weight.shape[1]).reshape(-1, size)
-    damped = hessian.double() + torch.eye(columns, dtype=torch.float64) * damping * hessian.double().diagonal().mean()
-    inverse, rest = torch.linalg.inv(damped), weight.double().clone()
-    result, left, begun = torch.empty_like(rest), list(range(columns)), set()
-    codes = torch.empty_like(weight, dtype=torch.int8)
-    for c in order:
-        if current and c // size not in begun:  # ranges of the weights at hand, when the first of a group is rounded
-            now, zero = qparams(*ranges(rest[:, members[c // size]], scheme), scheme, torch.bfloat16)
-            scale[:, c // size : c // size + 1] = now
-            if zero is not None:
-                zero_point[:, c // size : c // size + 1] = zero
-            begun.add(c // size)
-        s = (
-            scale.double()
-            .unsqueeze(-1)
-            .expand(*scale.shape, weight.numel() // scale.numel())
-            .reshape(weight.shape)[:, c]
-        )
-        z = 0.0
-        if zero_point is not None:
-            z = zero_point.double()[..., None].expand(*scale.shape, weight.numel() // scale.numel())
-            z = z.reshape(weight.shape)[:, c]
-        code = (torch.round(rest[:, c] / s) + z).clamp(scheme.grid.qmin, scheme.grid.qmax)
-        codes[:, c], result[:, c] = code.to(torch.int8), (code - z) * s
-        error = (rest[:, c] - result[:, c]) / inverse[c, c]
-        rest[:, left] -= error[:, None] * inverse[c, left]
-        left.remove(c)
-        inverse = inverse - inverse[:, c : c + 1] @ inverse[c : c + 1] / inverse[c, c]
-    return codes, result, scale
-
-
-@pytest.mark.parametrize("act_order", ["none", "static", "group"])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_equals_optimal_brain_quantization(scheme, act_order):
-    """In fp64, to the last code."""
-    weight, _, hessian = problem(dtype=torch.float64)
-    size = scheme.granularity.group_size if isinstance(scheme.granularity, PerGroup) else 64
-    order = column_order(hessian.diagonal(), act_order, size).tolist()
-    for groups in ("static", "current") if isinstance(scheme.granularity, PerGroup) else ("static",):
-        if (act_order, groups) == ("static", "current"):
-            continue
-        tensor, row = quantize_weight(weight, hessian, scheme, observer=MinMax(), act_order=act_order, groups=groups)
-        codes, result, scale = naive(weight, hessian, scheme, order, groups == "current")
-        assert torch.equal(tensor.codes, codes)
-        assert torch.equal(tensor.scale, scale)
-        assert float((tensor.dequantize(torch.float32).double() - result).abs().max()) <= 1e-9 * float(
-            result.abs().max()
-        )
-        assert row["fallback"] is None
-
-
-@pytest.mark.parametrize("groups", ["static", "current"])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_codes_do_not_depend_on_the_block_size(scheme, groups):
-    weight, _, hessian = problem(dtype=torch.float64)
-    order = "static" if groups == "static" else "group"
-    found = [
-        quantize_weight(weight, hessian, scheme, observer=MinMax(), act_order=order, groups=groups, block_size=size)[0]
-        for size in (1, 32, 128, 64, 23)
-    ]
-    assert all(torch.equal(one.codes, found[0].codes) for one in found)
-    assert all(torch.equal(one.scale, found[0].scale) for one in found)
-
-
-def test_stale_ranges_are_those_at_the_beginning_of_a_block():
-    """As the paper's code finds them; so with blocks of a group they are current, and with one block of all, static."""
-    weight, _, hessian = problem(dtype=torch.float64)
-    own = Scheme(IntGrid(3), PerGroup(16))
-
-    def solved(groups, size):
-        knobs = {"observer": MinMax(), "act_order": "none", "block_size": size}
-        return quantize_weight(weight, hessian, own, groups=groups, **knobs)[0]
-
-    for size, same in ((16, "current"), (8, "current"), (64, "static")):
-        assert torch.equal(solved("stale", size).codes, solved(same, size).codes)
-        assert torch.equal(solved("stale", size).scale, solved(same, size).scale)
-    between = solved("stale", 32)
-    assert torch.equal(between.scale[:, 2], solved("current", 32).scale[:, 2]) is False  # codes before it differ
-    assert not torch.equal(between.scale, solved("static", 32).scale)
-    assert torch.equal(between.scale[:, :2], solved("static", 32).scale[:, :2])
-
-
-def test_the_group_aware_order_takes_whole_groups():
-    diagonal = torch.tensor([1.0, 9.0, 2.0, 3.0, 4.0, 5.0, 8.0, 8.5])
-    assert column_order(diagonal, "group", 2).tolist() == [1, 0, 7, 6, 5, 4, 3, 2]
-    assert column_order(diagonal, "group", 8).tolist() == column_order(diagonal, "static", 8).tolist()
-    assert column_order(diagonal, "none", 2).tolist() == list(range(8))
 
 
 def test_columns_of_a_group_that_are_taken_apart_have_no_current_range():
@@ -140,119 +26,6 @@ def test_columns_of_a_group_that_are_taken_apart_have_no_current_range():
         gptq(tiny(), recipe(), [], observer=MinMax(), groups="current")
     with pytest.raises(ValueError, match=r"act_order=dynamic: one of none, static, group"):
         gptq(tiny(), recipe(), [], observer=MinMax(), act_order="dynamic")
-
-
-@pytest.mark.parametrize("act_order", ["none", "static", "group"])
-def test_loss_is_half_the_trace_of_dw_h_dw(act_order):
-    weight, _, hessian = problem(dtype=torch.float64)
-    tensor, row = quantize_weight(weight, hessian, SCHEMES[0], observer=MinMax(), act_order=act_order)
-    damped = hessian + torch.eye(64, dtype=torch.float64) * row["damping"] * hessian.diagonal().mean()
-    scale = tensor.scale.double().unsqueeze(-1).expand(24, 2, 32).reshape(24, 64)
-    change = tensor.codes.double() * scale - weight
-    assert row["loss"] == pytest.approx(float(((change @ damped) * change).sum() / 2), rel=1e-12)
-
-
-def unequal_inputs(tokens=400):
-    """Inputs, those of the full-precision model, and what the solver hears of them."""
-    weight, x, hessian = problem(rows=48, tokens=tokens, dtype=torch.float64)
-    full = x + 0.3 * x @ torch.randn(64, 64, dtype=torch.float64).div(8) + 0.05 * torch.randn_like(x)
-    cross = torch.zeros(64, 64, dtype=torch.float64)
-    accumulate_cross(cross, full, x)
-    return weight, x, full, hessian, cross
-
-
-def test_asymmetry_makes_up_for_inputs_that_differ():
-    """GPTAQ's aim: `W x_full` from quantized weights and the inputs that there are."""
-    weight, x, full, hessian, cross = unequal_inputs()
-    errors = []
-    for asymmetry in (0.0, 0.5, 1.0):
-        tensor, _ = quantize_weight(
-            weight, hessian, scheme(4), observer=MinMax(), cross_II=cross, asymmetry=asymmetry, act_order="none"
-        )
-        errors.append(float((x @ tensor.dequantize(torch.float32).double().T - full @ weight.T).square().mean()))
-    assert errors[2] < errors[1] < errors[0]
-
-
-def test_asymmetry_is_gptaqs_recurrence_without_rounding():
-    """The paper's loop, with nothing rounded: each column hands `w P` to those after it."""
-    weight, _, _, hessian, cross = unequal_inputs()
-    factor, _, _ = inverse_factor(hessian, 0.01)
-    P = torch.triu(cross @ factor.T, 1) @ factor
-    rest = weight.clone()
-    for c in range(64):
-        rest[:, c:] += weight[:, c : c + 1] @ P[c : c + 1, c:]
-    assert torch.allclose(weight + weight @ unequal(cross, factor), rest, rtol=1e-12, atol=1e-14)
-
-
-def test_equal_inputs_need_no_asymmetry():
-    weight, _, hessian = problem(dtype=torch.float64)
-    zero = torch.zeros_like(hessian)
-    with_it = quantize_weight(weight, hessian, scheme(3), observer=MinMax(), cross_II=zero, asymmetry=1.0)[0]
-    assert torch.equal(with_it.codes, quantize_weight(weight, hessian, scheme(3), observer=MinMax())[0].codes)
-
-
-@pytest.mark.parametrize("act_order", ["none", "static", "group"])
-@pytest.mark.parametrize("observer", [MinMax(), MSE(10)])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_law_c_white_inputs_give_rtn(scheme, act_order, observer):
-    weight, _, _ = problem()
-    hessian = torch.eye(64) * 3.7
-    tensor, _ = quantize_weight(weight, hessian, scheme, observer=observer, act_order=act_order)
-    scale, zero_point = observer.qparams(weight, scheme, torch.bfloat16)
-    assert torch.equal(tensor.codes, quantize(weight, scale, zero_point, scheme.grid))
-    assert torch.equal(tensor.scale, scale)
-
-
-def test_keeps_the_output_better_than_rtn():
-    weight, x, hessian = problem(rows=64)
-    for bits in (2, 3, 4):
-        s = scheme(bits)
-        tensor, _ = quantize_weight(weight, hessian, s, observer=MinMax())
-        scale, _ = MinMax().qparams(weight, s, torch.bfloat16)
-        nearest = quantize(weight, scale, None, s.grid).float().view(64, 2, 32) * scale.float()[..., None]
-        error = [(x @ (w - weight).T).square().mean() for w in (tensor.dequantize(torch.float32), nearest.view(64, 64))]
-        assert error[0] < 0.7 * error[1]
-
-
-def test_permuting_in_features_permutes_codes_under_act_order():
-    weight, _, hessian = problem()
-    s = Scheme(IntGrid(3), PerChannel())
-    permutation = torch.randperm(64)
-    codes = quantize_weight(weight, hessian, s, observer=MinMax())[0].codes
-    moved = quantize_weight(weight[:, permutation], hessian[permutation][:, permutation], s, observer=MinMax())[0].codes
-    assert (moved != codes[:, permutation]).float().mean() < 0.002
-
-
-def test_a_rank_deficient_hessian_is_damped_and_a_dead_column_rounds_to_nearest():
-    weight, _, _ = problem()
-    x = torch.randn(3, 64)
-    x[:, 5] = 0
-    hessian = torch.zeros(64, 64)
-    accumulate_hessian(hessian, x)
-    tensor, row = quantize_weight(weight, hessian, SCHEMES[0], observer=MinMax())
-    assert row["fallback"] is None
-    scale, _ = MinMax().qparams(weight, SCHEMES[0], torch.bfloat16)
-    assert torch.equal(tensor.codes[:, 5], quantize(weight, scale, None, SCHEMES[0].grid)[:, 5])
-
-
-def test_without_any_factor_it_falls_back_to_rtn_and_says_so():
-    weight, _, _ = problem()
-    indefinite = torch.eye(64)
-    indefinite[0, 1] = indefinite[1, 0] = 50.0
-    assert inverse_factor(indefinite, 0.01)[0] is None
-    tensor, row = quantize_weight(weight, indefinite, SCHEMES[0], observer=MinMax())
-    scale, _ = MinMax().qparams(weight, SCHEMES[0], torch.bfloat16)
-    assert torch.equal(tensor.codes, quantize(weight, scale, None, SCHEMES[0].grid))
-    assert "no Cholesky factor at damping 1.0" in row["fallback"]
-
-
-def test_damping_escalates_before_giving_up():
-    hessian = torch.eye(64)
-    hessian[0, 1] = hessian[1, 0] = 1.05  # indefinite by a little
-    factor, damping, failure = inverse_factor(hessian, 0.01)
-    assert factor is not None
-    assert failure is None
-    assert damping == pytest.approx(0.1)
 
 
 def test_on_a_model_every_linear_is_done_and_the_model_is_left_alone():
