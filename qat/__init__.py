@@ -1,4 +1,4 @@
-"""Quantization-aware training for LLMs: train, compare with the strongest PTQ, export, prove and serve.
+"""Quantization-aware training for LLMs: train, compare with PTQ, export, prove and serve.
 
 The names in `__all__` are imported from where they live when they are first used, so `import qat` itself stays light.
 """

@@ -59,7 +59,7 @@ def export(
     path = path or bench.run.path / "export" / name
     recipe, tensors = FORMATS[name].expressed(bench.recipe, tensors)
     FORMATS[name].save(path, bench.model, recipe, tensors, folded, bench.tokenizer, bench.dtype)
-    _check_tokenizer(path, bench.tokenizer)
+    check_tokenizer(path, bench.tokenizer)
     device = "cuda" if bench.device.type == "cuda" else "cpu"
     facts = {
         "arm": arm,
@@ -73,8 +73,8 @@ def export(
     return outcome(str(path), verify(path, device))
 
 
-def _check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What was written says what the tokenizer of training says: the certificate's prompts are ids, and see no text."""
+def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Asserts that what was written is training's tokenizer: the certificate's prompts are ids, and see no text."""
     written = AutoTokenizer.from_pretrained(path)
     assert tokenizer_digest(written) == tokenizer_digest(tokenizer), f"{path}: another tokenizer was written"
     for name in ("chat_template", "eos_token_id", "bos_token_id"):

@@ -138,7 +138,8 @@ def find(runs: str, run: str, fits: Callable[[Path], bool] | None = None) -> Pat
     Args:
         runs: The directory of all runs.
         run: What was typed.
-        fits: What the run is wanted for: if the latest one does not fit, `latest` is the newest of those that do.
+        fits: What the run is wanted for: if the latest one does not fit, `latest` is the newest of those that do, which
+            is then said on stderr.
 
     Raises:
         ValueError: There is no such run.
@@ -146,7 +147,10 @@ def find(runs: str, run: str, fits: Callable[[Path], bool] | None = None) -> Pat
     path = _named(Path(runs).expanduser(), run)
     if run == "latest" and fits is not None and path.is_dir() and not fits(path):
         others = [file.parent for file in path.parent.glob("*/*/run.json") if fits(file.parent)]
-        path = max(others, key=lambda other: str(_read(other / "run.json").get("started")), default=path)
+        if others:
+            newest = max(others, key=lambda other: str(_read(other / "run.json").get("started")))
+            print(f"{path.resolve()} has not what is wanted here; the newest that has: {newest}", file=sys.stderr)
+            path = newest
     if not (path / "run.json").is_file():
         raise ValueError(
             f"run={run}: no run at {path}; start one with `qat run experiment=quickstart`, or name another"

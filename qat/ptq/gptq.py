@@ -68,7 +68,8 @@ def gptq(
             to 1, while the Hessian has no Cholesky factor.
         block_size: Columns between two updates of the rest of the matrix; changes speed, not codes.
         asymmetry: How much of what earlier rounding did to the inputs is made up for (GPTAQ, arXiv:2504.02692; its code
-            has 0.25), 0 for none; it takes a second stream of activations, the full-precision model's.
+            has 0.25), 0 for none; it takes a second stream of activations, the full-precision blocks'. Both begin with
+            what embeddings serve, so what a quantized embedding did is not made up for.
         dtype: Storage dtype of the scales.
         store: See `walk`.
         progress: See `walk`.

@@ -117,7 +117,7 @@ def quantize_rows(
     if cross_II is not None and asymmetry and failure is None:
         rest = rest + asymmetry * rest @ unequal(cross_II[order][:, order], factor)
     found: dict[int, tuple[Tensor, Tensor | None]] = {}
-    places = order.tolist()
+    places = [] if groups == "static" else order.tolist()  # a GPU's host waits for them
     s_OI, z_OI = torch.empty_like(rest), None if scheme.symmetric else torch.empty_like(rest)
 
     def find(index: int, part: Tensor, place: Tensor | slice) -> None:

@@ -1,7 +1,9 @@
 """AutoRound's optimizer (Cheng et al., arXiv:2309.05516, section 3): signed gradient descent, linear decay.
 
-Every step moves a rounding offset by the learning rate in units of the quantization step, and a scale by that fraction
-of itself: so with a rate of one over the number of steps an offset gets about as far as it may, half a step.
+    W~ = s clip(rint(W / s + V), low, high)      V <- V - lr sign(dL/dV)      log s <- log s - lr sign(dL/dlog s)
+
+Every step moves a rounding offset V by the learning rate, in units of the quantization step s, and a scale by that
+fraction of itself: so with a rate of one over the number of steps an offset gets about as far as it may, half a step.
 
 Deviations: offsets live in the weights (`blockwise`, `round`); the logarithm of the scale is learned in place of the
 factors of smallest and largest element; what is kept is the last state and not the best batch's.

@@ -25,7 +25,7 @@ NEEDS = {"ft_gptq": "ft_fp", "blockap_qat": "blockap"}
 EVERYWHERE = ("fp", "ft_fp")  # the same for every recipe, "-"
 DRAWN = (*TRAINED, "gptq", "awq", "ft_gptq")  # they depend on the seed; the others have seed 0
 
-RECIPES: dict[str, list[str]] = {  # tuned on the validation split
+RECIPES: dict[str, list[str]] = {  # the first three tuned on the validation split, the others set beside them
     "w4a16_g64": ["optim.lr=2e-4"],
     "w3a16_g64": ["optim.lr=5e-4"],
     "w2a16_g64": ["optim.lr=2e-3"],

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer
 
-from qat.cli.exporting import FORMATS, export, outcome, references
+from qat.cli.exporting import FORMATS, check_tokenizer, export, outcome, references
 from qat.cli.main import main
 from qat.formats import compressed_tensors
 from qat.nn.observers.minmax import MinMax
@@ -34,6 +37,25 @@ def test_a_certificate_in_the_words_of_the_summary():
 def test_one_loader_that_disagrees_is_enough(name):
     checks = CHECKS | {name: {"passed": False}}
     assert not outcome("x", {"verified": False, "checks": checks})["weights_equal"]
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "chat_template", "eos_token_id"])
+def test_a_tokenizer_that_was_written_as_another_is_found(tmp_path, what):
+    """The certificate's prompts are ids: it would serve other text and be verified."""
+    own = byte_tokenizer()
+    own.save_pretrained(tmp_path)
+    check_tokenizer(tmp_path, own)
+    if what == "tokenizer":
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        words = content["model"]["vocab"]
+        words["a"], words["b"] = words["b"], words["a"]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    elif what == "chat_template":
+        (tmp_path / "chat_template.jinja").write_text("something else")
+    else:
+        own.eos_token = "a"
+    with pytest.raises(AssertionError, match=f"another {what} was written"):
+        check_tokenizer(tmp_path, own)
 
 
 def test_one_prompt_that_goes_elsewhere_is_enough():

@@ -287,19 +287,23 @@ def exported(path):
     return path
 
 
-def test_latest_is_the_newest_that_has_what_is_wanted(config):
-    """A run that was begun later, and has no export, takes nothing away."""
+def test_latest_is_the_newest_that_has_what_is_wanted(config, capsys):
+    """A run that was begun later, and has no export, takes nothing away; and that another is meant is said."""
     old, new = (exported(begin(config, seed=seed)) for seed in (2, 3))
     for path, day in ((old, 1), (new, 2)):
         facts = json.loads((path / "run.json").read_text())
         (path / "run.json").write_text(json.dumps(facts | {"started": f"2026-01-0{day}"}))
     without = begin(config, seed=4)
     assert find(config["runs"], "latest") == without.resolve()
+    assert capsys.readouterr().err == ""
     assert export_of(config["runs"], "latest") == new / "export" / "own"
+    said = capsys.readouterr().err
+    assert f"{without} has not what is wanted here; the newest that has: {new}" in said
     with pytest.raises(ValueError, match="has no export yet"):
         export_of(config["runs"], str(without))
     exported(without)
     assert export_of(config["runs"], "latest") == without / "export" / "own"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_at_work_is_not_to_be_repeated(config):
