@@ -86,14 +86,14 @@ def test_a_claim_dies_with_its_process(board):
 
 
 def test_every_kind_of_cell_composes(plan, tmp_path):
-    for name in ("t", "g"):
+    for name in ("t", "g", "m"):
         (tmp_path / name).mkdir()
     paths = {"tokens": str(tmp_path / "t"), "generated": str(tmp_path / "g"), "work": str(tmp_path)}
-    given = Namespace(**paths, overrides=["optim.lr=1e-3"])
+    given = Namespace(**paths, more=[str(tmp_path / "m")], overrides=["optim.lr=1e-3"])
     for cell in plan.plan([W4], list(plan.ARMS), [1]) + plan.plan(list(plan.RECIPES), ["qat"], [1]):
         config = plan.composed(cell, given)
         assert config["optim"]["lr"] == 1e-3
-        more = [paths["tokens"]] * (plan.DOCS - 1) + [paths["generated"]]
+        more = [paths["tokens"]] * (plan.DOCS - 1) + [paths["generated"], *given.more]
         assert config["data"]["extra"] == (more if cell.arm in plan.TRAINED else [])
     with pytest.raises(ValueError, match=r"optim\.nonsense"):
         plan.composed(cell, Namespace(**(vars(given) | {"overrides": ["optim.nonsense=1"]})))

@@ -1,7 +1,7 @@
 """The quality table: every grid x every arm x seeds, on the demo model. Cells that the JSON holds are not run again.
 
     python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens DIR --generated DIR --prose DIR \
-        [--recipes w4a16_g64 ...] [--arms rtn qat ...] [--seeds 1 2 3] [--minutes 25] [--gpus 0 1] [-- override ...]
+        [--more DIR ...] [--recipes w4a16_g64 ...] [--arms rtn qat ...] [--seeds 1 2 3] [--minutes 25] [--gpus 0 1] [-- override ...]
 
 `--tokens` is a token directory of python_docs, `--generated` one of `qat generate`, `--prose` what `texts.py` wrote.
 PTQ arms calibrate on the train split of python_docs, trained arms train on it and on the generated one.
@@ -27,6 +27,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("json", "tokens", "generated", "prose"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--more", nargs="*", default=[], help="token directories, for training alone")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="W4, W3 and W2 g64; others the first")

@@ -67,7 +67,7 @@ class Cells:
         meta = {
             "device": device_name(bench.device),
             "versions": versions(),
-            "data": {name: tokens.fingerprint for name, tokens in self._texts.items()},
+            "data": {name: tokens.fingerprint for name, tokens in self._texts.items()} | self._more,
             "settings": {sha: " ".join(settings(cell, self.arguments))},
         }
         shutil.rmtree(bench.run.path)
@@ -185,6 +185,10 @@ class Cells:
         a = self.arguments
         paths = {"test": a.tokens, "generated": a.generated, **{name: f"{a.prose}/{name}" for name in PROSE}}
         return {name: load(Path(path)) for name, path in paths.items()}
+
+    @cached_property
+    def _more(self) -> dict[str, str]:
+        return {f"more_{i}": load(Path(path)).fingerprint for i, path in enumerate(self.arguments.more)}
 
     def _windows(self, bench: Workbench) -> dict[str, Tensor]:
         size, limit = (bench.config["evaluation"][key] for key in ("seq_len", "windows"))

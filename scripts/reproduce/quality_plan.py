@@ -90,7 +90,7 @@ def composed(cell: Cell, given: Namespace) -> dict[str, Any]:
     recipe = "w4a16_g64" if cell.recipe == "-" else cell.recipe
     own = [f"recipe={recipe}", f"seed={cell.seed}", f"calibration.seed={cell.seed}"]
     own += [f"data.path={given.tokens}", f"runs={given.work}/runs"]
-    extra = [given.tokens] * (DOCS - 1) + [given.generated]
+    extra = [given.tokens] * (DOCS - 1) + [given.generated, *given.more]
     own += [f"data.extra=[{','.join(extra)}]"] if cell.arm in TRAINED else []
     config, problems = validate(VERBS["run"], [*settings(cell, given), *own], Tree.of([]))
     if problems:
