@@ -4,18 +4,31 @@ from pathlib import Path
 
 import torch
 from tiny import byte_tokenizer, recipe, tiny
+from transformers import PreTrainedModel
 
 from qat.evaluation.precision import compared_in
 from qat.evaluation.reference import decode
 from qat.evaluation.verify import issue
 from qat.formats import compressed_tensors
 from qat.formats.base import unquantized_state
-from qat.nn.kv import quantize_kv
 from qat.nn.observers.minmax import MinMax
+from qat.numerics.recipe import Recipe
 from qat.ptq.rtn import rtn
-from qat.surgery.convert import apply
+from qat.surgery.calibrate import calibrate
+from qat.surgery.changes import Changes
+from qat.surgery.convert import apply, input_scales, quantize_inputs
 
 PROMPTS = ([5, 9, 200, 31], [77, 3], [1, 2, 3, 4, 5, 6, 7])
+
+
+def quantized(rules: Recipe, model: PreTrainedModel) -> Changes:
+    """RTN codes, and the calibrated ranges of static inputs."""
+    changes = rtn(model, rules, [], observer=MinMax())
+    graph = apply(model, changes.tensors, changes.folded)
+    quantize_inputs(graph, rules, {}, MinMax())
+    calibrate(graph, [torch.tensor([prompt]) for prompt in PROMPTS])
+    changes.folded.update(input_scales(graph))
+    return changes
 
 
 def export(
@@ -25,13 +38,13 @@ def export(
     certified: bool = True,
     new_tokens: int = 32,
     kv: str | None = None,
+    rules: Recipe | None = None,
 ) -> None:
-    model, rules = tiny(), recipe(bits, symmetric=symmetric, kv=kv)
-    changes = rtn(model, rules, [], observer=MinMax())
+    model, rules = tiny(), rules or recipe(bits, symmetric=symmetric, kv=kv)
+    changes = quantized(rules, model)
     compressed_tensors.save(path, model, rules, changes.tensors, changes.folded, byte_tokenizer())
     if certified:
-        graph = apply(model, changes.tensors, changes.folded)
-        quantize_kv(graph, rules.kv)
+        graph = apply(model, changes.tensors, changes.folded, recipe=rules)
         sequences = [decode(graph, torch.tensor(prompt), new_tokens, compared_in(rules)) for prompt in PROMPTS]
         plain = unquantized_state(model, changes.tensors, changes.folded, torch.bfloat16)
         issue(path, changes.tensors, plain, sequences, {"captured": "not applicable: post-training method"})

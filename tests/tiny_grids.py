@@ -1,9 +1,12 @@
-"""Every grid that is not plain integers, and a thousand seeds to round on it."""
+"""Every grid that is not plain integers, and a thousand seeds to round on it; recipes of such grids."""
+
+from dataclasses import replace
 
 import torch
 
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import CODEBOOKS, Codebook, FloatGrid, IntGrid
+from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,3 +43,40 @@ def thousand_seeds(rows=4, columns=32, alike=False):
         return (each / each.abs().amax(1, keepdim=True)).view_as(x)
     x[::97] = 0
     return x
+
+
+LM_HEAD = Rule("lm_head", None)
+INT8, E4M3, E2M1 = IntGrid(8), FloatGrid("e4m3"), FloatGrid("e2m1")
+ROWS = Scheme(INT8, PerChannel())
+FP8_ROWS = Scheme(E4M3, PerChannel())
+TOKENS = Scheme(INT8, PerToken(), dynamic=True, convention="vllm")
+MX8, MX4 = OTHERS["mxfp8"], OTHERS["mxfp4"]
+PAIRS = {  # weight and input of every kind of recipe whose activations or levels are not plain
+    "w8a8": (ROWS, TOKENS),
+    "w8a8_ct": (ROWS, replace(TOKENS, convention="ct")),
+    "w8a8_asym": (replace(ROWS, symmetric=False), replace(TOKENS, symmetric=False, convention="ct")),
+    "w8a8_static": (ROWS, Scheme(INT8, PerTensor(), symmetric=False)),
+    "w8a8_static_sym": (Scheme(INT8, PerTensor()), Scheme(INT8, PerTensor(), scale_dtype="float32")),
+    "w8a8_group": (Scheme(INT8, PerGroup(32)), Scheme(INT8, PerGroup(32), dynamic=True)),
+    "w4a8": (Scheme(IntGrid(4), PerGroup(32)), TOKENS),
+    "w4a8_fp8": (Scheme(IntGrid(4), PerGroup(32)), Scheme(E4M3, PerToken(), dynamic=True)),
+    "fp8": (FP8_ROWS, Scheme(E4M3, PerToken(), dynamic=True)),
+    "fp8_static": (FP8_ROWS, Scheme(E4M3, PerTensor())),
+    "fp8_tensor": (Scheme(E4M3, PerTensor()), Scheme(E4M3, PerTensor())),
+    "fp8_weights": (FP8_ROWS, None),
+    "mxfp8": (MX8, replace(MX8, dynamic=True)),
+    "mxfp8a16": (MX8, None),
+    "mxfp4": (MX4, replace(MX4, dynamic=True)),
+    "mxfp4a16": (MX4, None),
+    "mxfp4a8": (MX4, replace(MX8, dynamic=True)),
+    "nvfp4": (OTHERS["nvfp4"], replace(OTHERS["nvfp4"], dynamic=True)),
+    "nvfp4a16": (OTHERS["nvfp4"], None),
+}
+RECIPES = {name: Recipe({"linears": Rule(".*_proj", *pair), "head": LM_HEAD}) for name, pair in PAIRS.items()}
+MIXED = Recipe({  # sub-formats beside each other, and within query, key and value
+    "all": Rule(".*_proj", Scheme(IntGrid(4), PerGroup(32))),
+    "out": Rule(".*o_proj", *PAIRS["w8a8"]),
+    "value": Rule(".*v_proj", *PAIRS["fp8_static"]),
+    "mlp": Rule(".*(gate|up)_proj", *PAIRS["nvfp4"]),
+    "down": Rule(".*down_proj", *PAIRS["mxfp8"]),
+})  # fmt: skip

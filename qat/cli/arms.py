@@ -22,10 +22,11 @@ from qat.nn.adapter import LoRA, QLoRA
 from qat.nn.fake_quantize import kept
 from qat.nn.kv import quantize_kv
 from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.scheme import is_input_scale
 from qat.surgery.adapt import add_lora, merge, prepare_qlora
 from qat.surgery.calibrate import calibrate
 from qat.surgery.changes import Changes
-from qat.surgery.convert import Folded, Tensors, apply, input_scales, is_input_scale, quantize_inputs
+from qat.surgery.convert import Folded, Tensors, apply, input_scales, quantize_inputs
 from qat.surgery.prepare import prepare
 from qat.surgery.start import start_from
 from qat.training.certify import certify
@@ -211,13 +212,12 @@ def _arm(
     recipe = bench.recipe if tensors else None  # merged adapters that nothing quantizes
     graph: PreTrainedModel = apply(bench.judged, dict(tensors), dict(folded), recipe=recipe)
     scores = evaluate(graph, bench.windows, bench.judged, bench.config["evaluation"]["batch_size"])
-    plain = {name: value for name, value in folded.items() if not is_input_scale(name)}
     if bench.config["format"]["name"] == "none":
         bits = sum(t.bits for t in tensors.values())
-        size = file_bytes(unquantized_state(bench.model, tensors, plain, bench.dtype)) + bits // 8
+        size = file_bytes(unquantized_state(bench.model, tensors, folded, bench.dtype)) + bits // 8
     else:
-        _, tensors = compressed_tensors.expressed(bench.recipe, tensors)
-        size = file_bytes(compressed_tensors.state(bench.model, tensors, plain, bench.dtype))
+        expressed, tensors = compressed_tensors.expressed(bench.recipe, tensors)
+        size = file_bytes(compressed_tensors.state(bench.model, expressed, tensors, folded, bench.dtype))
         bits = sum(t.bits for t in tensors.values())
     count = sum(t.codes.numel() for t in tensors.values())
     total = sum(p.numel() for p in bench.model.parameters())

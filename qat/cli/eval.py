@@ -17,6 +17,7 @@ from qat.evaluation.divergence import evaluate, mean, standard_error
 from qat.formats import compressed_tensors
 from qat.formats.base import unquantized_state
 from qat.models import hf
+from qat.numerics.scheme import is_input_scale
 from qat.surgery.convert import apply
 
 
@@ -40,7 +41,8 @@ def main(config: dict[str, Any]) -> int:
     if model.config.vocab_size != checkpoint.config["vocab_size"]:
         raise ValueError(f"{path}: vocabulary {checkpoint.config['vocab_size']}, the run's {model.config.vocab_size}")
     whole = set(unquantized_state(model, {}, {}, storage))
-    if strays := sorted(whole ^ ({f"{name}.weight" for name in checkpoint.tensors} | set(checkpoint.plain))):
+    plain = {name for name in checkpoint.plain if not is_input_scale(name)}
+    if strays := sorted(whole ^ ({f"{name}.weight" for name in checkpoint.tensors} | plain)):
         raise ValueError(f"{path}: not a checkpoint of the run's model; one of them lacks {strays[0]}")
     data = settings["data"]  # only train has extra tokens
     tokens = prepare(instantiate(data["source"], _convert_="all"), tokenizer, hf.cache_dir() / "tokens", data["path"])

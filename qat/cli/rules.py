@@ -6,12 +6,13 @@ from typing import Any
 
 from qat.cli.fields import at, is_number
 from qat.cli.problem import Problem
+from qat.formats.ct_args import refused
 from qat.numerics.allocate import at_width
-from qat.numerics.granularity import PerTensor, PerToken
-from qat.numerics.grid import Codebook, IntGrid
+from qat.numerics.granularity import PerToken
+from qat.numerics.grid import Codebook
 from qat.numerics.kv import kind_of
 from qat.numerics.recipe import Recipe, Rule
-from qat.numerics.scheme import E8M0, integers
+from qat.numerics.scheme import E8M0
 
 LEARNING = ("LSQ", "LSQPlus", "EfficientQAT", "PACT", "SEQ")  # estimators that learn a scale
 RESERVED_ARMS = ("fp", "qat")
@@ -224,16 +225,8 @@ def estimators(config: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
 
 
 def compressed_tensors(recipe: Recipe) -> Iterator[Problem]:
-    """What `pack-quantized` checkpoints cannot carry."""
-    carries = "format=compressed_tensors packs weights"
+    """What compressed-tensors checkpoints cannot carry."""
     for where, rule in _weight_rules(recipe):
         assert rule.weight is not None
-        if rule.input is not None:
-            text = f"{carries} only, not the input scheme {rule.input}; use format=none or input=null"
-            yield Problem(f"{where}.input", text)
-        if not isinstance(integers(rule.weight).grid, IntGrid):
-            text = f"{carries} of integers only, not {rule.weight}; use format=none"
-            yield Problem(f"{where}.weight.grid", text)
-        if isinstance(rule.weight.granularity, PerTensor) and not rule.weight.symmetric:
-            text = f"{carries} with zero points per channel or group, not per tensor; use symmetric=true"
-            yield Problem(f"{where}.weight.symmetric", text)
+        for part, text in refused(rule.weight, rule.input):
+            yield Problem(f"{where}.{part}", f"format=compressed_tensors {text}")

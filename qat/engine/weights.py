@@ -5,6 +5,7 @@ dtype for plain ones. Vectors (norms, biases) are widened: exact, and too small 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from qat.engine.layers import Concatenated, Embedding, Linear, RMSNorm
 from qat.formats.base import Checkpoint, tensor_files
 from qat.nn.packed_embedding import PackedEmbedding
 from qat.nn.packed_linear import PackedLinear
+from qat.nn.quantized_input import QuantizedInput
 from qat.numerics.granularity import PerTensor
 from qat.numerics.qtensor import QuantizedTensor
-from qat.numerics.scheme import Scheme
+from qat.numerics.scheme import Scheme, input_parts
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 SPARE = 0.08  # share of the file's bytes that faster layouts may take beside it; in all, weights may grow by 0.1
@@ -61,16 +63,23 @@ class Weights:
             ValueError: A tensor is missing or has another shape; the message names tensor and file.
         """
         names = {f"{prefix}.{part}" if prefix else part: rows for part, rows in parts.items()}
-        schemes = {self._scheme(name) for name in names}
-        scheme = next(iter(schemes))
-        if len(names) > 1 and (len(schemes) > 1 or (scheme and isinstance(scheme.granularity, PerTensor))):
+        schemes = {self._schemes(name) for name in names}
+        weight, _ = next(iter(schemes))
+        if len(names) > 1 and (len(schemes) > 1 or (weight and isinstance(weight.granularity, PerTensor))):
             return Concatenated([self.linear(prefix, {part: rows}, columns, bias) for part, rows in parts.items()])
         biases = [self.vector(f"{name}.bias", rows).to(self.dtype) for name, rows in names.items() if bias]
-        fused_bias = torch.cat(biases) if bias else None
-        if scheme is None:
+        if weight is None:
             weights = [self._plain(f"{name}.weight", (rows, columns)) for name, rows in names.items()]
-            return Linear(torch.cat(weights) if len(weights) > 1 else weights[0], fused_bias)
-        layer = PackedLinear(_fuse([self._quantized(n, (r, columns)) for n, r in names.items()]), fused_bias)
+            return Linear(torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if bias else None)
+        tensors = [self._quantized(name, (rows, columns)) for name, rows in names.items()]
+        inputs = [self._input(name) for name in names]
+        if not _alike(tensors, inputs):
+            own = biases if bias else [None] * len(tensors)
+            return Concatenated([self._packed(*each) for each in zip(tensors, own, inputs, strict=True)])
+        return self._packed(_fuse(tensors), torch.cat(biases) if bias else None, inputs[0])
+
+    def _packed(self, tensor: QuantizedTensor, bias: Tensor | None, input: QuantizedInput | None) -> PackedLinear:
+        layer = PackedLinear(tensor, bias, input)
         self._specialize(layer, layer)
         return layer
 
@@ -113,7 +122,7 @@ class Weights:
         strays = sorted(name for name in self._left if not name.endswith(".rotary_emb.inv_freq"))
         if strays:
             name = strays[0]
-            file = self._files.get(name) or self._files[f"{name}.weight_packed"]
+            file = self._files.get(name) or self._file(name)
             raise ValueError(f"{file}: tensor {name} has no place in the {self._config.model_type} of config.json")
 
     def _specialize(self, layer: PackedLinear | PackedEmbedding, linear: PackedLinear) -> None:
@@ -122,23 +131,35 @@ class Weights:
             layer.specialize(self._spare)
             self._spare -= linear.nbytes - before
 
-    def _scheme(self, module: str) -> Scheme | None:
+    def _schemes(self, module: str) -> tuple[Scheme | None, Scheme | None]:
+        """Of the module's weight and of its input."""
         hit = self._checkpoint.recipe.rule_for(module) if module in self._checkpoint.tensors else None
-        return None if hit is None else hit[1].weight
+        return (None, None) if hit is None else (hit[1].weight, hit[1].input)
+
+    def _input(self, module: str) -> QuantizedInput | None:
+        _, scheme = self._schemes(module)
+        if scheme is None:
+            return None
+        names = {part.removeprefix("input_"): f"{module}.{part}" for part in input_parts(scheme)}
+        self._left -= set(names.values())
+        parts = {part: self._checkpoint.plain[name].to(self.device) for part, name in names.items()}
+        return QuantizedInput(scheme, **parts)
+
+    def _file(self, module: str) -> Path:
+        """The file that holds the codes of a quantized module."""
+        return next(file for name, file in self._files.items() if name.startswith(f"{module}.weight"))
 
     def _quantized(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
         tensor = self._checkpoint.tensors[name]
         self._left.discard(name)
         if tuple(tensor.shape) != shape:
-            file = self._files[f"{name}.weight_packed"]
+            file = self._file(name)
             raise ValueError(f"{file}: tensor {name} is {tuple(tensor.shape)}; config.json asks for {shape}")
         return tensor.to(self.device)
 
     def _plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if (module := name.removesuffix(".weight")) in self._checkpoint.tensors:
-            raise ValueError(
-                f"{self._files[f'{module}.weight_packed']}: {module} is quantized; it is served plain only"
-            )
+            raise ValueError(f"{self._file(module)}: {module} is quantized; it is served plain only")
         if name not in self._checkpoint.plain:
             raise ValueError(f"{self._checkpoint.path}: tensor {name} is missing; config.json asks for it")
         tensor = self._checkpoint.plain[name]
@@ -153,12 +174,24 @@ class Weights:
         return tensor.to(self.device)
 
 
+def _alike(tensors: list[QuantizedTensor], inputs: list[QuantizedInput | None]) -> bool:
+    """Whether weights of one scheme can be one weight: under one divisor, of an input that is rounded in one way."""
+    one, input = tensors[0], inputs[0]
+    divisors = all(
+        t.global_scale is one.global_scale is None or torch.equal(t.global_scale, one.global_scale)  # type: ignore[arg-type]
+        for t in tensors
+    )
+    return divisors and (input is None or all(input.equals(other) for other in inputs))
+
+
 def _fuse(tensors: list[QuantizedTensor]) -> QuantizedTensor:
     """One tensor whose rows are those of all."""
+    one = tensors[0]
     if len(tensors) == 1:
-        return tensors[0]
+        return one
     zero_points = [t.zero_point for t in tensors if t.zero_point is not None]
     codes = torch.cat([t.codes for t in tensors])
-    scale = torch.cat([t.scale for t in tensors])
+    narrow = one.scale.dtype.itemsize == 1  # torch concatenates no powers of two
+    scale = torch.cat([t.scale.view(torch.uint8) if narrow else t.scale for t in tensors]).view(one.scale.dtype)
     zero_point = torch.cat(zero_points) if zero_points else None
-    return QuantizedTensor(codes, scale, zero_point, tensors[0].scheme, tuple(codes.shape))
+    return QuantizedTensor(codes, scale, zero_point, one.scheme, tuple(codes.shape), one.global_scale)

@@ -10,24 +10,29 @@ from torch import Tensor
 
 from qat.evaluation.precision import compared_in, computing
 from qat.evaluation.reference import Sequence, difference
-from qat.formats import compressed_tensors
 from qat.formats.base import Checkpoint
+from qat.formats.ct_args import PACKED, sub_format
+from qat.formats.ct_parts import pack_tensor
 from qat.models.hf import load_quantized
 from qat.nn.kv import quantize_kv
-from qat.numerics.scheme import Scheme
+from qat.numerics.recipe import Recipe
+from qat.numerics.scheme import E4M3, E8M0, Scheme, is_input_scale
+from qat.surgery.convert import quantize_inputs
 
 
 def library(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Decodes every packed weight with the compressed-tensors library, and compares it with our own decoding.
+    """Decodes every quantized weight with the compressed-tensors library, and compares it with our own decoding.
 
-    Both in the dtype of the scales. The file's own config groups say how, so this checks them as well.
+    Both in the dtype that the library decodes to. The file's own config groups say how, so this checks them as well.
     """
-    groups = checkpoint.config["quantization_config"]["config_groups"].values()
-    compressor = BaseCompressor.get_value_from_registry(compressed_tensors.FORMAT)
+    quantization = checkpoint.config["quantization_config"]
+    groups = quantization["config_groups"].values()
     worst, where, dtypes = 0.0, None, set()
     for name, tensor in checkpoint.tensors.items():
         group = next(g for g in groups if name in g["targets"] or "Linear" in g["targets"])
-        parts = compressed_tensors.pack_tensor(tensor)
+        named = group.get("format") or quantization["format"]
+        compressor = BaseCompressor.get_value_from_registry(named)
+        parts = pack_tensor(tensor, named == PACKED)
         decoded = compressor.decompress(parts, QuantizationScheme(**group))["weight"]
         difference = _difference(decoded, tensor.dequantize(decoded.dtype))
         dtypes.add(str(decoded.dtype).removeprefix("torch."))
@@ -35,6 +40,22 @@ def library(checkpoint: Checkpoint) -> dict[str, Any]:
             worst, where = difference, name
     path = "compressed_tensors BaseCompressor.decompress"
     return {"load_path": path, "dtype": ", ".join(sorted(dtypes)), "max_abs_diff": worst, "worst": where}
+
+
+def dequantizes(recipe: Recipe) -> bool:
+    """Whether transformers must be asked to dequantize: with compressed-tensors 0.20 it reads no packed zero points."""
+    pairs = ((rule.weight, rule.input) for rule in recipe.rules.values() if rule.weight is not None)
+    return any(not weight.symmetric and sub_format(weight, input) == PACKED for weight, input in pairs)
+
+
+def decodes_in_fp32(recipe: Recipe) -> bool:
+    """Whether transformers, asked for fp32, has weights that were not rounded to bf16 first.
+
+    The library decodes zero points and block-scaled weights (NVFP4, MX) in bf16 whatever it is asked for; a model that
+    is loaded in fp32 then cannot even multiply by the latter.
+    """
+    weights = (rule.weight for rule in recipe.rules.values() if rule.weight is not None)
+    return all(weight.symmetric and weight.scale_dtype not in (E4M3, E8M0) for weight in weights)
 
 
 @torch.no_grad()
@@ -47,29 +68,38 @@ def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: l
         sequences: Reference logits to compare with, where `dtype` is fp32.
 
     Returns:
-        Load path, dtype, largest difference over all tensors and where; with fp32 also that of the logits.
+        Load path, dtype, largest difference over all tensors and where; with fp32 also that of the logits, with keys,
+        values and inputs of linears rounded by us, since the library has other scales; with its own inputs it is only
+        reported.
     """
-    symmetric = all(rule.weight is None or rule.weight.symmetric for rule in checkpoint.recipe.rules.values())
-    model = load_quantized(checkpoint.path, dtype, dequantize=not symmetric)
+    dequantize = dequantizes(checkpoint.recipe)
+    model = load_quantized(checkpoint.path, dtype, dequantize=dequantize)
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     worst, where = 0.0, None
     for name, tensor in checkpoint.tensors.items():
         weight = own.pop(f"{name}.weight")
         worst, where = max((worst, where), (_difference(weight, tensor.dequantize(weight.dtype)), name), key=_first)
     for name, value in checkpoint.plain.items():
+        if dequantize and is_input_scale(name):
+            continue  # asked to dequantize, it quantizes no inputs
         found = own.pop(name)
         worst, where = max((worst, where), (_difference(found, value.to(found.dtype)), name), key=_first)
     path = "AutoModelForCausalLM.from_pretrained" + (
-        "" if symmetric else " with CompressedTensorsConfig(dequantize=True)"
+        " with CompressedTensorsConfig(dequantize=True)" if dequantize else ""
     )
-    compares = dtype is torch.float32 and bool(sequences)
-    if compares and checkpoint.recipe.kv is not None:
-        path += ", its cache replaced by ours"
-        _replace_cache(model, checkpoint.recipe.kv)
     row: dict[str, Any] = {
         "load_path": path, "dtype": str(model.dtype).removeprefix("torch."), "max_abs_diff": worst, "worst": where
     }  # fmt: skip
-    return row | logits(model, sequences, compared_in(checkpoint.recipe)) if compares else row
+    if dtype is not torch.float32 or not sequences:
+        return row
+    if any(rule.input is not None for rule in checkpoint.recipe.rules.values()):
+        row["max_abs_logit_diff_own_inputs"] = logits(model, sequences)["max_abs_logit_diff"]
+        row["load_path"] += ", its inputs rounded by us"
+        _replace_inputs(model, checkpoint)
+    if checkpoint.recipe.kv is not None:
+        row["load_path"] += ", its cache replaced by ours"
+        _replace_cache(model, checkpoint.recipe.kv)
+    return row | logits(model, sequences, compared_in(checkpoint.recipe))
 
 
 def logits(model: Any, sequences: list[Sequence], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -81,6 +111,14 @@ def logits(model: Any, sequences: list[Sequence], dtype: torch.dtype = torch.flo
             worst = max(worst, difference(out, sequence.logits))
             largest = max(largest, float(sequence.logits.abs().max()))
     return {"max_abs_logit_diff": worst, "max_abs_logit": largest}
+
+
+def _replace_inputs(model: Any, checkpoint: Checkpoint) -> None:
+    """compressed-tensors rounds inputs too, but dynamic ones with its own scales, and static ones in the dtype of x."""
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            module.quantization_enabled = False
+    quantize_inputs(model, checkpoint.recipe, dict(checkpoint.plain))
 
 
 def _replace_cache(model: Any, kv: Scheme) -> None:

@@ -1,11 +1,11 @@
 """The precision in which a graph and the engine are compared: fp32, or fp64 where something is rounded on the way.
 
-Two correct computations in fp32 differ in their last bits. Where keys and values are rounded to a grid as they come, a
-last bit now and then decides between two codes; what then differs is a whole step, and it decides about more codes
-further on. Measured on SmolLM2-135M: logits of one and the same graph, computed token by token and at once, differ by
-2e-6 of the largest without a quantized cache, and by 1e-2 with int8. In fp64 no code changes sides, and they differ by
-3e-15. So a graph with a quantized cache is compared in fp64: what is computed is the same, only the rounding noise that
-hides it is gone.
+Two correct computations in fp32 differ in their last bits. Where keys and values, or the inputs of linears, are rounded
+to a grid as they come, a last bit now and then decides between two codes; what then differs is a whole step, and it
+decides about more codes further on. Measured on SmolLM2-135M: logits of one and the same graph, computed token by token
+and at once, differ by 2e-6 of the largest without a quantized cache, and by 1e-2 with int8. In fp64 no code changes
+sides, and they differ by 3e-15. So a graph with a quantized cache or quantized inputs is compared in fp64: what is
+computed is the same, only the rounding noise that hides it is gone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,8 @@ from qat.numerics.recipe import Recipe
 
 def compared_in(recipe: Recipe) -> torch.dtype:
     """The precision in which an export of this recipe is compared."""
-    return torch.float32 if recipe.kv is None else torch.float64
+    rounds = recipe.kv is not None or any(rule.input is not None for rule in recipe.rules.values())
+    return torch.float64 if rounds else torch.float32
 
 
 @contextmanager

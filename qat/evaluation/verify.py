@@ -133,8 +133,7 @@ def _tensors(checkpoint: Checkpoint, sha: Mapping[str, str]) -> dict[str, Any]:
 def _foreign(checkpoint: Checkpoint, sequences: list[Sequence]) -> dict[str, Any]:
     rows = {"compressed_tensors": foreign.library(checkpoint)}
     rows["transformers_default"] = foreign.transformers(checkpoint, None, [])
-    symmetric = all(rule.weight is None or rule.weight.symmetric for rule in checkpoint.recipe.rules.values())
-    if symmetric:  # loaded asymmetrically, transformers decodes in bf16 first: no fp32 view exists
+    if foreign.decodes_in_fp32(checkpoint.recipe):
         rows["transformers_fp32"] = foreign.transformers(checkpoint, torch.float32, sequences)
     for row in rows.values():
         row["passed"] = row["max_abs_diff"] == 0

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
+from qat.numerics.scheme import is_input_scale
 
 INDEX = "model.safetensors.index.json"
 CERTIFICATE = "verify.json"
@@ -28,6 +29,7 @@ METADATA = {"format": "pt"}
 STORED = {
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
@@ -84,8 +86,8 @@ def digest(tensor: Tensor) -> str:
 
 
 def certified_parts(name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """A quantized weight's parts, keyed `<module>.codes`, `.scale` and, where it has one, `.zero_point`."""
-    parts = {"codes": tensor.codes, "scale": tensor.scale, "zero_point": tensor.zero_point}
+    """A quantized weight's parts, keyed `<module>.codes`, `.scale`, and `.zero_point`, `.global_scale` where it has one."""
+    parts = {part: getattr(tensor, part) for part in ("codes", "scale", "zero_point", "global_scale")}
     return {f"{name}.{part}": value for part, value in parts.items() if value is not None}
 
 
@@ -197,14 +199,16 @@ def unquantized_state(
 ) -> dict[str, Tensor]:
     """Every tensor of the file that is not quantized, in the storage dtype: `folded` wins over the model's own.
 
-    Tied tensors appear once, under the name that the model ties to.
+    Tied tensors appear once, under the name that the model ties to. Scales of inputs, which `folded` alone has, keep
+    the dtype that they were found in.
 
     Raises:
         ValueError: A tensor is not representable in `dtype`, is not finite, or `folded` names none of the model's.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     state = {k: v for k, v in model.state_dict().items() if k not in tied}
-    if strays := sorted(set(folded) - set(state)):
+    inputs = {k: v for k, v in folded.items() if is_input_scale(k) and k.rpartition(".")[0] in tensors}
+    if strays := sorted(set(folded) - set(state) - set(inputs)):
         raise ValueError(f"{strays[0]}: a changed tensor that the model does not have")
     quantized = {f"{name}.weight" for name in tensors}
     if strays := sorted(quantized - set(state)):
@@ -222,6 +226,10 @@ def unquantized_state(
                 raise ValueError(f"{name}: holds values beyond {dtype}; round the model to the storage dtype first")
             value = stored
         result[name] = value.cpu().contiguous()
+    for name, value in inputs.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}: not finite; calibrate again")
+        result[name] = value.detach().cpu().contiguous()
     return result
 
 

@@ -1,15 +1,15 @@
-"""Weight-only linear: packed integer weights, activations in floating point. The reference, and the choice of a twin.
+"""Weight-only linear: packed weights, activations in floating point. The reference, and the choice of a twin.
 
     x_TI [T, I] · dequantize(weight)_OI [O, I]ᵀ + bias_O [O] -> [T, O]          any leading shape in place of T
 
-The weight stays packed in memory as `numerics/packing.py` packs it, whatever its width (2 to 8 bits), symmetric or not,
-per group, channel or tensor. The reference unpacks a tile of output rows at a time into a small scratch, dequantizes it
-with the project's one formula, `W_D = round_D((q - z) * s)`, and multiplies. The name says W4A16, after the commonest
-case.
+The weight stays packed in memory as `numerics/packing.py` packs it, whatever its grid (integers of 2 to 8 bits, FP8,
+FP4, a codebook), symmetric or not, per group, channel or tensor. The reference unpacks a tile of output rows at a time
+into a small scratch, dequantizes it with the project's one formula, `W_D = round_D(level * s)`, and multiplies. The
+name says W4A16, after the commonest case.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qat.numerics.affine import dequantize
 from qat.numerics.granularity import PerTensor
+from qat.numerics.grid import IntGrid
 from qat.numerics.packing import offset, pack, unpack
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.scheme import Scheme
@@ -55,11 +56,12 @@ class PackedWeight:
     """A quantized weight as it lies in the file: the layout that the reference works on.
 
     Attributes:
-        words: Dense bitstream of the codes plus `2**(bits-1)`, int32 `[O, ceil(I * bits / 32)]`.
+        words: Dense bitstream of the codes, integers plus `2**(bits-1)`, int32 `[O, ceil(I * bits / 32)]`.
         scale: In its stored dtype, of the scheme's scale shape.
         zero_point: int8, of the scale's shape; None on symmetric schemes.
         scheme: How the tensor is quantized.
         shape: `(O, I)`.
+        global_scale: fp32 `[1]`, the divisor of a two-level scheme's scales; else None.
     """
 
     words: Tensor
@@ -67,12 +69,13 @@ class PackedWeight:
     zero_point: Tensor | None
     scheme: Scheme
     shape: tuple[int, ...]
+    global_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of words, scales and zero points."""
-        zeros = 0 if self.zero_point is None else self.zero_point.nbytes
-        return self.words.nbytes + self.scale.nbytes + zeros
+        more = (self.zero_point, self.global_scale)
+        return self.words.nbytes + self.scale.nbytes + sum(part.nbytes for part in more if part is not None)
 
     def matmul(self, x: Tensor) -> Tensor:
         """x `[..., I]` -> `[..., O]`, by tiles dequantized to x's dtype."""
@@ -87,22 +90,25 @@ class PackedWeight:
         return self._dequantized(ids, dtype)
 
     def codes(self, start: int, stop: int) -> Tensor:
-        """Signed codes of output rows `[start, stop)`: int8 `[stop - start, I]`."""
+        """Codes of output rows `[start, stop)`, int8 where they are integers: `[stop - start, I]`."""
         return self._codes(slice(start, stop))
 
     def _dequantized(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
         part = slice(None) if isinstance(self.scheme.granularity, PerTensor) else rows
         zero_point = None if self.zero_point is None else self.zero_point[part]
-        return dequantize(self._codes(rows), self.scale[part], zero_point, dtype)
+        codes = self._codes(rows)
+        return dequantize(codes, self.scale[part], zero_point, dtype, self.scheme.grid, self.global_scale)
 
     def _codes(self, rows: slice | Tensor) -> Tensor:
         unsigned = unpack(self.words[rows], self.scheme.grid.bits, self.shape[1])
+        if not isinstance(self.scheme.grid, IntGrid):
+            return unsigned
         return unsigned.sub_(offset(self.scheme.grid.bits)).view(torch.int8)  # modulo 256, which is two's complement
 
     def to(self, device: torch.device | str) -> "PackedWeight":
         """The same weight on another device."""
-        zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return PackedWeight(self.words.to(device), self.scale.to(device), zero_point, self.scheme, self.shape)
+        parts = ("words", "scale", "zero_point", "global_scale")
+        return replace(self, **{p: t.to(device) for p in parts if (t := getattr(self, p)) is not None})
 
 
 def pack_weight(tensor: QuantizedTensor) -> PackedWeight:
@@ -111,10 +117,11 @@ def pack_weight(tensor: QuantizedTensor) -> PackedWeight:
     Raises:
         ValueError: The tensor is no matrix, or has parts that a packed weight does not carry.
     """
-    if len(tensor.shape) != 2 or tensor.g_idx is not None or tensor.global_scale is not None:
-        raise ValueError(f"shape {tensor.shape}: only matrices without g_idx and global_scale are served packed")
-    words = pack(tensor.codes.to(torch.int16) + offset(tensor.scheme.grid.bits), tensor.scheme.grid.bits)
-    return PackedWeight(words, tensor.scale, tensor.zero_point, tensor.scheme, tensor.shape)
+    if len(tensor.shape) != 2 or tensor.g_idx is not None:
+        raise ValueError(f"shape {tensor.shape}: only matrices without g_idx are served packed")
+    grid, codes = tensor.scheme.grid, tensor.codes
+    words = pack(codes.to(torch.int16) + offset(grid.bits) if isinstance(grid, IntGrid) else codes, grid.bits)
+    return PackedWeight(words, tensor.scale, tensor.zero_point, tensor.scheme, tensor.shape, tensor.global_scale)
 
 
 def linear_by_tiles(x: Tensor, shape: tuple[int, ...], rows: Callable[[int, int], Tensor]) -> Tensor:
@@ -163,7 +170,7 @@ def specialize(weight: PackedWeight, spare: int) -> Weight:
     Returns:
         A layout of another kernel, or `weight` itself where none exists, fits, or is faster.
     """
-    if weight.words.device.type != "cpu":
+    if weight.words.device.type != "cpu" or not isinstance(weight.scheme.grid, IntGrid):
         return weight
     from qat.kernels.cpu import w4a16 as cpu  # the twin imports this module
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from qat.kernels import w4a16
+from qat.nn.quantized_input import QuantizedInput
 from qat.numerics.qtensor import QuantizedTensor
 
 
 class PackedLinear(nn.Module):
-    """`F.linear` by a quantized weight, through `kernels/w4a16.py`.
+    """`F.linear` by a quantized weight, through `kernels/w4a16.py`; its input is rounded first where a scheme says so.
 
     Its scales keep their stored dtype: `.to(dtype)`, `.half()` and the like move the layer's device only. It is fed
     from a `QuantizedTensor`, not from a state dict.
@@ -18,12 +19,13 @@ class PackedLinear(nn.Module):
     Args:
         tensor: The weight, on the device where the layer shall run.
         bias: `[O]` in the dtype of the activations, or None.
+        input: What rounds the input, on the same device, or None.
 
     Raises:
         ValueError: The weight is not one that is served packed, or the bias does not fit it.
     """
 
-    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None = None):
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None = None, input: QuantizedInput | None = None):
         super().__init__()
         if bias is not None and tuple(bias.shape) != tuple(tensor.shape[:1]):
             raise ValueError(
@@ -31,7 +33,7 @@ class PackedLinear(nn.Module):
             )
         weight = w4a16.pack_weight(tensor)
         self.weight: w4a16.Weight = weight
-        self.bias = bias
+        self.bias, self.input = bias, input
         self.packed_bytes = weight.nbytes
 
     def specialize(self, spare: int) -> None:
@@ -41,17 +43,18 @@ class PackedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weight and bias as they lie in memory now."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        """Bytes of weight, bias and the input's scale as they lie in memory now."""
+        return self.weight.nbytes + sum(part.nbytes for part in (self.bias, self.input) if part is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` -> `[..., O]`, in x's dtype."""
-        return w4a16.linear(x, self.weight, self.bias)
+        return w4a16.linear(x if self.input is None else self.input(x), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and kernel, for `print(model)`."""
         rows, columns = self.weight.shape
-        return f"{columns} -> {rows}, {type(self.weight).__name__}, {self.nbytes / 2**20:.2f} MiB"
+        input = "" if self.input is None else f", input {self.input.scheme}"
+        return f"{columns} -> {rows}, {type(self.weight).__name__}, {self.nbytes / 2**20:.2f} MiB{input}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         device = fn(torch.empty(0, dtype=torch.int8)).device
@@ -60,4 +63,5 @@ class PackedLinear(nn.Module):
         elif device.type != "cpu":
             raise ValueError("a weight laid out for a CPU kernel cannot move: build the layer on the other device")
         self.bias = None if self.bias is None else fn(self.bias)
+        self.input = None if self.input is None else self.input.to(device)
         return self

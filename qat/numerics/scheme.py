@@ -8,6 +8,7 @@ from qat.numerics.grid import Codebook, FloatGrid, Grid, IntGrid
 E4M3, E8M0 = "float8_e4m3fn", "float8_e8m0fnu"
 SCALE_DTYPES = ("float32", "bfloat16", "float16", E4M3, E8M0)
 CONVENTIONS = ("ct", "vllm")
+INPUT_PARTS = ("input_scale", "input_zero_point", "input_global_scale")
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,17 @@ def integers(scheme: Scheme) -> Scheme:
     if isinstance(scheme.grid, Codebook) and (bits := scheme.grid.integer_bits) is not None:
         return replace(scheme, grid=IntGrid(bits))
     return scheme
+
+
+def input_parts(scheme: Scheme | None) -> tuple[str, ...]:
+    """What is stored, as `<module>.<part>`, of an input with this scheme: nothing where all of it comes with x."""
+    if scheme is None or (scheme.dynamic and not scheme.two_level):
+        return ()
+    if scheme.dynamic:
+        return INPUT_PARTS[2:]
+    return INPUT_PARTS[:1] if scheme.symmetric else INPUT_PARTS[:2]
+
+
+def is_input_scale(name: str) -> bool:
+    """Whether a tensor of this name belongs to a calibrated input, and is no parameter of the model."""
+    return name.rpartition(".")[2] in INPUT_PARTS

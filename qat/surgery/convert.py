@@ -14,6 +14,7 @@ from qat.nn.linear import compute_dtype
 from qat.nn.observers.base import Observer
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
+from qat.numerics.scheme import is_input_scale
 from qat.surgery.calibrate import needing
 from qat.surgery.prepare import Stored, fake_quants, input_fake_quant
 
@@ -87,11 +88,6 @@ def input_scales(model: nn.Module) -> Folded:
         if zero_point is not None:
             result[f"{owner}.input_zero_point"] = zero_point.clone()
     return result
-
-
-def is_input_scale(name: str) -> bool:
-    """Whether an entry of `folded` belongs to a calibrated input, and is no parameter of the model."""
-    return name.rpartition(".")[2] in ("input_scale", "input_zero_point", "input_global_scale")
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from qat.kernels.fake_quant import served_zero
 from qat.nn.fake_quantize import FakeQuantize
 from qat.numerics.grid import IntGrid
+from qat.numerics.scheme import is_input_scale
 from qat.surgery.changes import Changes
-from qat.surgery.convert import is_input_scale
 from qat.surgery.prepare import fake_quants
 
 

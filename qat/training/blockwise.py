@@ -38,9 +38,10 @@ from qat.nn.observers.base import Observer
 from qat.numerics.affine import group
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import is_input_scale
 from qat.surgery.calibrate import calibrating
 from qat.surgery.changes import Changes
-from qat.surgery.convert import convert, is_input_scale, quantize_inputs
+from qat.surgery.convert import convert, quantize_inputs
 from qat.surgery.match import Plan, match
 from qat.surgery.prepare import fake_quants, prepare
 from qat.surgery.walk import Block, walk

@@ -1,6 +1,7 @@
 from itertools import product
 
 import pytest
+from tiny_grids import PAIRS
 
 from qat.cli.rules import check_rules
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
@@ -175,12 +176,16 @@ def test_widths_are_chosen_on_integer_grids():
     ("recipe", "words"),
     [
         (
-            Recipe({"a": Rule(".*", GOOD, Scheme(IntGrid(8), PerToken(), dynamic=True))}),
-            "recipe.rules.a.input: format=compressed_tensors packs weights only, not the input scheme int8_token",
+            Recipe({"a": Rule(".*", GOOD, Scheme(IntGrid(8), PerTensor(), dynamic=True))}),
+            "recipe.rules.a.input: format=compressed_tensors carries no input scheme that makes a token depend",
         ),
         (
             Recipe({"a": Rule(".*", Scheme(IntGrid(8), PerTensor(), symmetric=False))}),
-            "recipe.rules.a.weight.symmetric: format=compressed_tensors packs weights with zero points per channel",
+            "recipe.rules.a.weight.symmetric: format=compressed_tensors packs zero points per channel or group",
+        ),
+        (
+            Recipe({"a": Rule(".*", Scheme(Codebook("nf4"), PerGroup(16)))}),
+            "recipe.rules.a.weight.grid: format=compressed_tensors carries integers, e4m3, NVFP4",
         ),
     ],
 )
@@ -205,7 +210,9 @@ def test_caches():
         (Scheme(IntGrid(8), PerTensor()), None),
         (Scheme(IntGrid(8), PerChannel(), dynamic=True), None),
         (GOOD, Scheme(IntGrid(8), PerToken(), dynamic=True)),
+        (GOOD, Scheme(IntGrid(8), PerTensor(), dynamic=True)),
         (GOOD, None),
+        *PAIRS.values(),
     ],
 )
 def test_the_format_says_the_same(weight, input):

@@ -114,13 +114,15 @@ def quantize(model: PreTrainedModel, scheme: Scheme) -> tuple[dict[str, Quantize
     return tensors, Recipe({"all": Rule(r"model\.layers\..*proj", scheme)})
 
 
-def add_embedding(path: Path, model: PreTrainedModel, tensors: dict[str, QuantizedTensor], scheme: Scheme) -> None:
+def add_embedding(
+    path: Path, model: PreTrainedModel, recipe: Recipe, tensors: dict[str, QuantizedTensor], scheme: Scheme
+) -> None:
     """Writes a checkpoint with a packed embedding as other tools do; `save` refuses it, since transformers fails."""
     weight = model.get_input_embeddings().weight.detach()
     codes, scale, zero_point = rtn(weight, scheme, torch.bfloat16)
     tensors["model.embed_tokens"] = QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape))
-    config = compressed_tensors.quantization_config(tensors, linear_names(model))
-    state = compressed_tensors.state(model, tensors, {}, torch.bfloat16)
+    config = compressed_tensors.quantization_config(recipe, tensors, linear_names(model))
+    state = compressed_tensors.state(model, recipe, tensors, {}, torch.bfloat16)
     write_directory(path, model, byte_tokenizer(), state, config, torch.bfloat16)
 
 
@@ -142,7 +144,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
                 if table is None:
                     compressed_tensors.save(path, model, recipe, tensors, {}, byte_tokenizer())
                 else:
-                    add_embedding(path, model, tensors, table)
+                    add_embedding(path, model, recipe, tensors, table)
                 for name, tensor in tensors.items():
                     model.get_submodule(name).weight.data = tensor.dequantize(torch.float32)
             made[family, scheme] = Saved(path, model)

@@ -9,7 +9,7 @@ from tiny import tiny
 from tiny_export import export
 
 from qat.evaluation import foreign, reference
-from qat.formats import compressed_tensors
+from qat.formats import compressed_tensors, ct_args
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -56,7 +56,7 @@ def test_the_library_reads_the_files_own_config_groups(checkpoint):
 
 
 def test_a_library_that_decodes_one_value_differently_is_caught(checkpoint, monkeypatch):
-    compressor = foreign.BaseCompressor.get_value_from_registry(compressed_tensors.FORMAT)
+    compressor = foreign.BaseCompressor.get_value_from_registry(ct_args.PACKED)
     decompress, calls = compressor.decompress, []
 
     def wrong(parts, scheme):

@@ -11,7 +11,7 @@ from tiny_export import PROMPTS, export
 from qat.engine.llm import LLM
 from qat.evaluation import foreign, reference
 from qat.evaluation.verify import FAST_KL_BOUND, LOGIT_BOUND, verify
-from qat.formats import compressed_tensors
+from qat.formats import compressed_tensors, ct_args
 from qat.numerics.kv import KINDS
 
 Q = "model.layers.1.mlp.up_proj"
@@ -80,7 +80,7 @@ def test_an_engine_with_another_cache_is_not_verified(tmp_path, monkeypatch):
 def test_another_cache_in_the_config_is_found(tmp_path, written):
     export(tmp_path / "ct", kv="int8")
     config = json.loads((tmp_path / "ct" / "config.json").read_text())
-    scheme = None if written is None else compressed_tensors.kv_args(KINDS[written], 16)
+    scheme = None if written is None else ct_args.kv_args(KINDS[written], 16)
     config["quantization_config"]["kv_cache_scheme"] = scheme
     (tmp_path / "ct" / "config.json").write_text(json.dumps(config))
     certificate = verify(tmp_path / "ct")
@@ -137,7 +137,6 @@ def test_an_export_of_other_weights_fails_though_its_own_digests_agree(tmp_path,
 
     def forged(path, tensors, unquantized, sequences, facts):
         edit(path, flip(f"{Q}.weight_packed", 7) if what == "codes" else flip("model.norm.weight", 64))
-        from qat.formats import compressed_tensors
 
         checkpoint = compressed_tensors.load(path)
         issue(path, dict(checkpoint.tensors), dict(checkpoint.plain), sequences, facts)
@@ -235,7 +234,7 @@ def test_one_bit_that_transformers_reads_differently_is_enough(copy, monkeypatch
 
 
 def test_one_bit_that_the_library_reads_differently_is_enough(copy, monkeypatch):
-    compressor = foreign.BaseCompressor.get_value_from_registry(compressed_tensors.FORMAT)
+    compressor = foreign.BaseCompressor.get_value_from_registry(ct_args.PACKED)
     decompress, calls = compressor.decompress, []
 
     def off(parts, scheme):

@@ -7,21 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized import pack_to_int32
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, embedded, recipe, scheme, tiny
+from tiny_grids import MIXED, RECIPES
 
 from qat.formats import compressed_tensors as ct
 from qat.formats.base import file_bytes, linear_names, write_directory
 from qat.nn.observers.minmax import MinMax
-from qat.numerics.affine import rtn
-from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from qat.numerics.grid import FloatGrid, IntGrid
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
+from qat.numerics.grid import Codebook, FloatGrid, IntGrid
 from qat.numerics.kv import KINDS
-from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe, Rule
-from qat.numerics.scheme import Scheme
+from qat.numerics.scheme import Scheme, is_input_scale
 from qat.ptq.rtn import rtn as rtn_method
 
 SCHEMES = [
@@ -31,6 +29,16 @@ SCHEMES = [
     for symmetric in ((True,) if isinstance(granularity, PerTensor) else (True, False))
 ]
 Q = "model.layers.0.self_attn.q_proj"
+FORMATS = {
+    **dict.fromkeys((name for name in RECIPES if name.startswith("w8a8")), "int-quantized"),
+    **dict.fromkeys(("w4a8", "w4a8_fp8"), "pack-quantized"),
+    **dict.fromkeys(("fp8", "fp8_static", "fp8_tensor"), "float-quantized"),
+    "fp8_weights": "naive-quantized",
+    **dict.fromkeys(("mxfp8", "mxfp8a16"), "mxfp8-quantized"),
+    **dict.fromkeys(("mxfp4", "mxfp4a16", "mxfp4a8"), "mxfp4-pack-quantized"),
+    **dict.fromkeys(("nvfp4", "nvfp4a16"), "nvfp4-pack-quantized"),
+}
+STORED_INPUTS = ("w8a8_static", "w8a8_static_sym", "fp8_static", "fp8_tensor", "nvfp4")
 
 
 def save(path, rules, **kwargs):
@@ -41,8 +49,13 @@ def save(path, rules, **kwargs):
 
 
 def same(a, b):
-    zero = a.zero_point is None if b.zero_point is None else torch.equal(a.zero_point, b.zero_point)
-    return torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and zero and a.scheme == b.scheme
+    parts = [(getattr(a, p), getattr(b, p)) for p in ("codes", "scale", "zero_point", "global_scale")]
+    return a.scheme == b.scheme and all(x is y is None or equal(x, y) for x, y in parts)
+
+
+def equal(x, y):
+    """Bit for bit: torch compares no powers of two."""
+    return x.dtype == y.dtype and x.shape == y.shape and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
 @pytest.mark.parametrize("s", SCHEMES, ids=str)
@@ -59,23 +72,85 @@ def test_law_f_round_trip_and_the_library_decodes_the_same(tmp_path, s):
     assert library(checkpoint)["max_abs_diff"] == 0
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_words_are_those_of_the_library(bits):
-    s = Scheme(IntGrid(bits), PerChannel(), symmetric=False)
-    codes, scale, zero = rtn(torch.randn(24, 72), s, torch.bfloat16)
-    parts = ct.pack_tensor(QuantizedTensor(codes, scale, zero, s, (24, 72)))
-    assert torch.equal(parts["weight_packed"], pack_to_int32(codes, bits))
-    assert torch.equal(parts["weight_zero_point"], pack_to_int32(zero, bits, packed_dim=0))
-    assert parts["weight_shape"].tolist() == [24, 72]
+def exact(checkpoint, rules, changes):
+    """Codes, scales, schemes of weights and of inputs, and the scales of these."""
+    assert checkpoint.tensors.keys() == changes.tensors.keys()
+    for name, tensor in changes.tensors.items():
+        assert same(checkpoint.tensors[name], tensor)
+        found, rule = checkpoint.recipe.rule_for(name)[1], rules.rule_for(name)[1]
+        assert (found.weight, found.input) == (rule.weight, rule.input)
+    inputs = {name: value for name, value in changes.folded.items() if is_input_scale(name)}
+    assert {name for name in checkpoint.plain if is_input_scale(name)} == set(inputs)
+    assert all(equal(checkpoint.plain[name], value) for name, value in inputs.items())
+    return inputs
 
 
-def test_golden_bytes():
-    codes = torch.tensor([[-8, -7, -6, -5, -4, -3, 6, 7]], dtype=torch.int8)
-    tensor = QuantizedTensor(
-        codes, torch.ones(1, 1, dtype=torch.bfloat16), None, Scheme(IntGrid(4), PerChannel()), (1, 8)
+@pytest.mark.parametrize("name", RECIPES)
+def test_law_f_holds_with_quantized_inputs_and_on_every_grid(tmp_path, name):
+    """And by default transformers loads each of them, with the same weights and the same scales of inputs."""
+    from tiny_export import quantized
+
+    from qat.evaluation.foreign import library, transformers
+
+    rules, model = RECIPES[name], tiny(1)
+    changes = quantized(rules, model)
+    ct.save(tmp_path / "m", model, rules, changes.tensors, changes.folded, byte_tokenizer())
+    checkpoint = ct.load(tmp_path / "m")
+    inputs = exact(checkpoint, rules, changes)
+    assert bool(inputs) is (name in STORED_INPUTS)
+    assert checkpoint.config["quantization_config"]["format"] == FORMATS[name]
+    assert library(checkpoint)["max_abs_diff"] == 0
+    loaded = transformers(checkpoint, None, [])
+    assert (loaded["max_abs_diff"], loaded["load_path"]) == (0, "AutoModelForCausalLM.from_pretrained")
+
+
+def test_sub_formats_beside_each_other(tmp_path):
+    from tiny_export import quantized
+
+    from qat.evaluation.foreign import library, transformers
+
+    model = tiny(1)
+    changes = quantized(MIXED, model)
+    ct.save(tmp_path / "m", model, MIXED, changes.tensors, changes.folded, byte_tokenizer())
+    checkpoint = ct.load(tmp_path / "m")
+    exact(checkpoint, MIXED, changes)
+    said = checkpoint.config["quantization_config"]
+    assert said["format"] == "mixed-precision"
+    formats = [group["format"] for group in said["config_groups"].values()]
+    assert sorted(formats) == sorted({*FORMATS.values()} - {"naive-quantized", "mxfp4-pack-quantized"})
+    assert library(checkpoint)["max_abs_diff"] == 0
+    assert transformers(checkpoint, None, [])["max_abs_diff"] == 0
+
+
+def test_how_a_dynamic_scale_follows_from_absmax_is_said_beside_the_groups(tmp_path):
+    """By a key of our own, which the library and transformers pass over; without it, it is the library's."""
+    save(tmp_path / "vllm", RECIPES["w8a8"])
+    save(tmp_path / "ct", RECIPES["w8a8_ct"])
+    said = {name: ct.load(tmp_path / name).config["quantization_config"] for name in ("vllm", "ct")}
+    assert said["vllm"].pop("scale_conventions") == {"group_0": {"input_activations": "vllm"}}
+    assert said["vllm"] == said["ct"]
+    assert QuantizationConfig(**said["vllm"], scale_conventions={}) == QuantizationConfig(**said["ct"])
+
+
+def test_an_input_that_was_calibrated_under_another_recipe_is_refused(tmp_path):
+    from tiny_export import quantized
+
+    model, rules = tiny(1), RECIPES["w8a8_static"]
+    changes = quantized(rules, model)
+
+    def refused(message, folded, rules=rules):
+        with pytest.raises(ValueError, match=message):
+            ct.save(tmp_path / "m", model, rules, changes.tensors, folded, None)
+
+    refused(rf"{Q}: its input scheme is int8_tensor_asym, but {Q}\.input_\w+ is missing; calibrate", {})
+    refused(rf"{Q}\.input_\w+ is stored", changes.folded, RECIPES["w8a8"])
+    wide = {k: v.float() if k.endswith("input_scale") else v for k, v in changes.folded.items()}
+    refused(r"input_scale in torch\.float32, but the storage dtype is torch\.bfloat16", wide)
+    lost = changes.folded | {f"{Q}.input_scale": torch.tensor([float("nan")], dtype=torch.bfloat16)}
+    refused(rf"{Q}\.input_scale: not finite", lost)
+    refused(
+        "stray.input_scale: a changed tensor that the model does not have", changes.folded | {"stray.input_scale": 1}
     )
-    assert ct.pack_tensor(tensor)["weight_packed"].item() & 0xFFFFFFFF == 0xFE543210
-    assert "weight_zero_point" not in ct.pack_tensor(tensor)
 
 
 def test_the_file_holds_what_arithmetic_says(tmp_path):
@@ -88,7 +163,7 @@ def test_the_file_holds_what_arithmetic_says(tmp_path):
     header = 8 + int.from_bytes((tmp_path / "m" / "model.safetensors").read_bytes()[:8], "little")
     assert size - header == n * (3 + 16 / 32) / 8 + 2 * rest + 14 * 16
     changes = rtn_method(model, recipe(3), [], observer=MinMax())
-    assert file_bytes(ct.state(model, changes.tensors, {}, torch.bfloat16)) == size
+    assert file_bytes(ct.state(model, recipe(3), changes.tensors, {}, torch.bfloat16)) == size
 
 
 def test_the_config_is_what_loaders_expect(tmp_path):
@@ -123,13 +198,14 @@ def test_a_scale_of_another_dtype_is_kept(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("weight", "input", "message"),
     [
-        (
-            scheme(),
-            Scheme(IntGrid(8), PerToken(), dynamic=True),
-            "its input scheme int8_token_dynamic cannot be exported",
-        ),
         (Scheme(IntGrid(4), PerChannel(), dynamic=True), None, "a dynamic scale is never stored"),
         (Scheme(IntGrid(4), PerTensor(), symmetric=False), None, "use symmetric=true"),
+        (Scheme(Codebook("nf4"), PerGroup(32)), None, "not the weight scheme nf4_g32; use format=none"),
+        (
+            scheme(),
+            Scheme(IntGrid(8), PerTensor(), dynamic=True),
+            "such as int8_tensor_dynamic; use granularity=PerToken",
+        ),
     ],
 )
 def test_what_the_format_cannot_say_is_refused_by_module(weight, input, message):
@@ -152,10 +228,10 @@ def written(path, rules, tied, targets=None):
     """A checkpoint with a packed embedding, as other tools write it."""
     model = tiny(1, tied=tied)
     tensors = rtn_method(model, rules, [], observer=MinMax()).tensors
-    config = ct.quantization_config(tensors, linear_names(model))
+    config = ct.quantization_config(rules, tensors, linear_names(model))
     for old, new in (targets or {}).items():
         next(g for g in config["config_groups"].values() if old in g["targets"])["targets"] = new
-    write_directory(path, model, None, ct.state(model, tensors, {}, torch.bfloat16), config, torch.bfloat16)
+    write_directory(path, model, None, ct.state(model, rules, tensors, {}, torch.bfloat16), config, torch.bfloat16)
     return tensors
 
 
@@ -248,17 +324,22 @@ def put(name, value):
         (put(f"{Q}.weight_zero_point", lambda t: t[:-1].contiguous()), rf"{Q}\.weight_zero_point"),
         (
             put("stray.weight_scale", lambda t: torch.ones(1)),
-            r"tensor stray\.weight_scale belongs to no quantized module",
+            r"tensor stray\.weight_scale belongs to no module that is quantized so",
         ),
         (
             reconfigured(quant_method="gptq"),
             "quantized by 'gptq' pack-quantized; this reader serves compressed-tensors",
         ),
-        (reconfigured(format="nvfp4-pack-quantized"), "nvfp4-pack-quantized; this reader serves"),
+        (
+            put(f"{Q}.input_scale", lambda t: torch.ones(1)),
+            r"tensor .*input_scale belongs to no module that is quantized",
+        ),
+        (reconfigured(format="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized', but group_0 is pack-quantized"),
+        (reconfigured(format="dense"), "quantized by 'compressed-tensors' dense; this reader serves"),
         (reconfigured(num_bits=3), r"weight_packed: .* 3-bit"),
         (reconfigured(num_bits=9), "bits=9"),
-        (reconfigured(type="float"), "type 'float'; expected pack-quantized, int"),
-        (reconfigured(strategy="block"), "strategy 'block'; expected group, channel or tensor"),
+        (reconfigured(type="float"), "group_0: weights: symmetric=false with grid e2m1"),
+        (reconfigured(strategy="block"), "strategy 'block'; expected group, tensor_group, channel"),
         (reconfigured(config_groups={}), "no config group speaks of the packed module"),
     ],
 )
@@ -267,6 +348,39 @@ def test_damage_is_named(whole, tmp_path, damage, message):
     damage(path)
     with pytest.raises(ValueError, match=message):
         dict(ct.load(path).tensors)
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    from tiny_export import quantized
+
+    path, model = tmp_path_factory.mktemp("ct") / "m", tiny(1)
+    changes = quantized(RECIPES["fp8_static"], model)
+    ct.save(path, model, RECIPES["fp8_static"], changes.tensors, changes.folded, byte_tokenizer())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (tampered(lambda t: t.pop(f"{Q}.weight_scale")), f"tensor {Q}.weight_scale is missing"),
+        (tampered(lambda t: t.pop(f"{Q}.input_scale")), f"tensor {Q}.input_scale is missing"),
+        (put(f"{Q}.input_scale", lambda t: t * 0), rf"model\.safetensors: {Q}\.input_scale: a scale is zero"),
+        (put(f"{Q}.input_scale", lambda t: t.repeat(2)), rf"{Q}\.input_scale: .* expected torch\.bfloat16 \(1,\)"),
+        (put(f"{Q}.weight", lambda t: t.view(torch.int8)), rf"{Q}: weights in torch\.int8"),
+        (put(f"{Q}.weight", lambda t: t.view(torch.uint8).fill_(255).view(t.dtype)), rf"{Q}\.weight: holds NaN"),
+    ],
+)
+def test_damage_of_inputs_and_floats_is_named(floats, tmp_path, damage, message):
+    path = shutil.copytree(floats, tmp_path / "m")
+    damage(path)
+
+    def read():
+        checkpoint = ct.load(path)
+        return dict(checkpoint.tensors), dict(checkpoint.plain)
+
+    with pytest.raises(ValueError, match=message):
+        read()
 
 
 @pytest.mark.slow
