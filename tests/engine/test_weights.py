@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from qat.formats.base import load_plain
 from qat.nn.packed_embedding import PackedEmbedding
 from qat.nn.packed_linear import PackedLinear
 from qat.numerics.affine import rtn
-from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
-from qat.numerics.grid import IntGrid
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.grid import FloatGrid, IntGrid
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
+from qat.surgery.convert import apply
 
 NAME = "model.layers.0.self_attn"
 QKV = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
@@ -70,6 +72,47 @@ def test_fusion(saved: Callable, tmp_path: Path, schemes: list[Scheme | None], k
         tensor = tensors.get(f"{NAME}.{name}")
         weight = module.weight if tensor is None else tensor.dequantize(torch.float32)
         expected.append(torch.nn.functional.linear(x, weight, module.bias))
+    torch.testing.assert_close(layer(x), torch.cat(expected, -1))
+
+
+A8 = Scheme(IntGrid(8), PerToken(), dynamic=True)
+STATIC = Scheme(IntGrid(8), PerTensor())
+NVFP4 = Scheme(FloatGrid("e2m1"), PerGroup(16), scale_dtype="float8_e4m3fn")
+MXFP8 = Scheme(FloatGrid("e4m3"), PerGroup(32), scale_dtype="float8_e8m0fnu")
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs", "scales", "divisors", "kind"),
+    [
+        (W8, [A8, A8, A8], None, None, PackedLinear),
+        (W8, [A8, None, A8], None, None, Concatenated),
+        (W8, [A8, replace(A8, convention="vllm"), A8], None, None, Concatenated),
+        (W8, [STATIC] * 3, [0.5, 0.5, 0.5], None, PackedLinear),
+        (W8, [STATIC] * 3, [0.5, 0.5, 0.25], None, Concatenated),
+        (NVFP4, [None] * 3, None, [100.0] * 3, PackedLinear),
+        (NVFP4, [None] * 3, None, [100.0, 100.0, 200.0], Concatenated),
+        (MXFP8, [replace(MXFP8, dynamic=True)] * 3, None, None, PackedLinear),
+    ],
+)
+def test_linears_are_fused_where_input_and_divisor_are_one(
+    saved: Callable, tmp_path: Path, weight: Scheme, inputs: list, scales: list, divisors: list, kind: type
+) -> None:
+    model = copy.deepcopy(saved("qwen2").model)
+    tensors, folded, rules = {}, {}, {}
+    for i, (part, input) in enumerate(zip(QKV, inputs, strict=True)):
+        name, w = f"{NAME}.{part}", model.get_submodule(f"{NAME}.{part}").weight.data
+        g = None if divisors is None else torch.tensor([divisors[i]])
+        tensors[name] = QuantizedTensor(*rtn(w, weight, torch.bfloat16, g), weight, tuple(w.shape), g)
+        rules[name] = Rule(name.replace(".", r"\."), weight, input)
+        if scales is not None:
+            folded[f"{name}.input_scale"] = torch.tensor([scales[i]], dtype=torch.bfloat16)
+    compressed_tensors.save(tmp_path / "packed", model, Recipe(rules), tensors, folded, None)
+    weights = opened(tmp_path / "packed")
+    layer = weights.linear(NAME, QKV, 64, bias=True)
+    assert type(layer) is kind
+    assert not any(NAME in name and "layers.0" in name and "o_proj" not in name for name in weights._left)
+    graph, x = apply(model, tensors, folded, recipe=Recipe(rules)), torch.randn(3, 64)
+    expected = [graph.get_submodule(name)(x) for name in tensors]
     torch.testing.assert_close(layer(x), torch.cat(expected, -1))
 
 

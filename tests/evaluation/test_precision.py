@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import recipe, tiny
+from tiny_grids import RECIPES
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -20,6 +21,8 @@ IDS = torch.randint(1, 256, (1, 40), generator=torch.Generator().manual_seed(0))
 def test_only_what_is_rounded_on_the_way_needs_fp64() -> None:
     assert compared_in(recipe()) == torch.float32
     assert {compared_in(recipe(kv=kind)) for kind in KINDS} == {torch.float64}
+    assert compared_in(RECIPES["nvfp4a16"]) == torch.float32
+    assert {compared_in(RECIPES[name]) for name in ("w8a8", "fp8_static", "nvfp4")} == {torch.float64}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

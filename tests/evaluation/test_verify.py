@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_export import PROMPTS, export
+from tiny_grids import MIXED, PAIRS, RECIPES
 
 from qat.engine.llm import LLM
 from qat.evaluation import foreign, reference
 from qat.evaluation.verify import FAST_KL_BOUND, LOGIT_BOUND, verify
 from qat.formats import compressed_tensors, ct_args
+from qat.nn.quantized_input import QuantizedInput
 from qat.numerics.kv import KINDS
 
 Q = "model.layers.1.mlp.up_proj"
@@ -52,6 +55,71 @@ def test_a_true_export_is_verified(tmp_path, bits, symmetric):
     assert certificate["checks"]["engine"]["greedy_equal"] == 3
     assert ("transformers_fp32" in certificate["checks"]) == symmetric
     assert json.loads((tmp_path / "ct" / "verify.json").read_text())["verified"]
+
+
+GRIDS = ("w8a8", "w8a8_static", "w4a8", "fp8", "fp8_static", "mxfp8", "nvfp4", "nvfp4a16", "mxfp4a16")
+BLOCKS = ("mxfp8", "nvfp4", "nvfp4a16", "mxfp4a16", "mixed")  # which the library decodes in bf16 alone
+
+
+@pytest.mark.parametrize("name", [*GRIDS, "mixed"])
+def test_a_true_export_of_every_grid_and_input_is_verified(tmp_path, name):
+    rules = MIXED if name == "mixed" else RECIPES[name]
+    export(tmp_path / "ct", rules=rules)
+    certificate = verify(tmp_path / "ct")
+    assert {k: c["passed"] for k, c in certificate["checks"].items() if not c["passed"] and k != "fast_path"} == {}
+    assert certificate["verified"]
+    engine = certificate["checks"]["engine"]
+    inputs = any(rule.input is not None for rule in rules.rules.values())
+    assert (engine["dtype"], engine["greedy_equal"]) == ("float64" if inputs else "float32", 3)
+    assert engine["max_abs_logit_diff"] < (1e-6 if inputs else 1e-5) * engine["max_abs_logit"]
+    assert ("transformers_fp32" in certificate["checks"]) is (name not in BLOCKS)
+    if inputs and name not in BLOCKS:
+        row = certificate["checks"]["transformers_fp32"]
+        assert row["load_path"].endswith("its inputs rounded by us")
+        assert (row["max_abs_logit_diff_own_inputs"] < 1e-5 * row["max_abs_logit"]) is name.startswith("fp8")
+
+
+@pytest.mark.parametrize("wrong", ["none", "convention"])
+def test_an_engine_that_rounds_its_inputs_otherwise_is_not_verified(tmp_path, monkeypatch, wrong):
+    export(tmp_path / "ct", rules=RECIPES["w8a8"])
+    other = QuantizedInput(replace(PAIRS["w8a8"][1], convention="ct"))
+    monkeypatch.setattr("qat.engine.weights.Weights._input", lambda *_: None if wrong == "none" else other)
+    certificate = verify(tmp_path / "ct")
+    assert not certificate["verified"]
+    assert [k for k, c in certificate["checks"].items() if not c["passed"] and k != "fast_path"] == ["engine"]
+
+
+def test_the_key_of_the_convention_is_certified(tmp_path):
+    export(tmp_path / "ct", rules=RECIPES["w8a8"])
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())
+    assert config["quantization_config"].pop("scale_conventions")
+    (tmp_path / "ct" / "config.json").write_text(json.dumps(config))
+    certificate = verify(tmp_path / "ct")
+    assert certificate["checks"]["files"]["changed"] == ["config.json"]
+    assert not certificate["checks"]["engine"]["passed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "named"),
+    [
+        ("fp8_static", "input_scale", "input_scale"),
+        ("fp8_static", "weight", "codes"),
+        ("w8a8_static", "input_zero_point", "input_zero_point"),
+        ("nvfp4", "weight_global_scale", "global_scale"),
+        ("nvfp4", "weight_scale", "scale"),
+        ("nvfp4", "input_global_scale", "input_global_scale"),
+        ("mxfp4a16", "weight_scale", "scale"),
+    ],
+)
+def test_one_bit_of_any_part_is_found_and_named(tmp_path, name, part, named):
+    export(tmp_path / "ct", rules=RECIPES[name], new_tokens=1)
+
+    def change(tensors):
+        tensors[f"{Q}.{part}"].view(torch.uint8).flatten()[0] ^= 1
+
+    edit(tmp_path / "ct", change)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {Q}\.{named} is not what verify.json certifies"):
+        verify(tmp_path / "ct")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_grids import OTHERS
 
 from qat.kernels import w4a16
 from qat.kernels.w4a16 import PackedWeight, linear, linear_by_tiles, linear_reference, pack_weight, specialize
-from qat.numerics.affine import rtn
+from qat.numerics.affine import divisor, rtn
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from qat.numerics.grid import IntGrid
 from qat.numerics.packing import pack
@@ -44,6 +45,21 @@ def test_reference_is_linear_by_the_dequantized_tensor(bits: int, granularity: G
     x, bias = tokens(5, 96), tokens(37)
     assert torch.equal(linear_reference(x, weight), F.linear(x, tensor.dequantize(torch.float32)))
     torch.testing.assert_close(linear_reference(x, weight, bias), F.linear(x, tensor.dequantize(torch.float32), bias))
+
+
+@pytest.mark.parametrize("name", [name for name, scheme in OTHERS.items() if not scheme.dynamic])
+def test_so_it_is_on_every_other_grid(name: str) -> None:
+    """FP8, FP4 and codebooks: codes are packed as they are, block scales stay as they are stored."""
+    scheme, x, w = OTHERS[name], tokens(5, 96), tokens(37, 96)
+    g = divisor((w,), scheme)
+    tensor = QuantizedTensor(*rtn(w, scheme, torch.bfloat16, g), scheme, (37, 96), g)
+    weight = pack_weight(tensor)
+    assert weight.nbytes * 8 == tensor.bits + 37 * (weight.words.shape[1] * 32 - 96 * scheme.grid.bits)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert torch.equal(weight.rows(3, 36, dtype), tensor.dequantize(dtype)[3:36])
+    assert torch.equal(linear_reference(x, weight), F.linear(x, tensor.dequantize(torch.float32)))
+    assert torch.equal(weight.to("cpu").rows(0, 37, torch.float32), tensor.dequantize(torch.float32))
+    assert specialize(weight, spare=1 << 30) is weight, "twins know integers only"
 
 
 @pytest.mark.parametrize("step", [1, 5, 36, 37])

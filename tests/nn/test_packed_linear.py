@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from qat.nn.packed_linear import PackedLinear
+from qat.nn.quantized_input import QuantizedInput
 from qat.numerics.affine import rtn
-from qat.numerics.granularity import PerGroup
+from qat.numerics.granularity import PerGroup, PerTensor
 from qat.numerics.grid import IntGrid
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.scheme import Scheme
@@ -27,6 +28,19 @@ def test_is_linear_by_the_dequantized_tensor(bits: int) -> None:
     torch.testing.assert_close(layer(x), expected)
     layer.specialize(spare=1 << 20)
     assert float((layer(x) - expected).abs().max()) < 0.05 * float(expected.abs().max())
+
+
+def test_rounds_its_input_first() -> None:
+    input = QuantizedInput(Scheme(IntGrid(8), PerTensor()), torch.tensor([0.05]))
+    layer, x = PackedLinear(quantized(48, 64, 4), torch.randn(48), input), torch.randn(2, 3, 64)
+    assert torch.equal(layer(x), PackedLinear(quantized(48, 64, 4), layer.bias)(input(x)))
+    assert not torch.equal(input(x), x)
+    assert layer.nbytes == PackedLinear(quantized(48, 64, 4), layer.bias).nbytes + 4
+    assert "input int8_tensor" in repr(layer)
+    moved = layer.half().to("meta")
+    assert moved.input is not None
+    assert moved.input.scale is not None
+    assert (moved.input.scale.dtype, moved.input.scale.device.type) == (torch.float32, "meta")
 
 
 def test_knows_its_bytes_and_holds_no_parameters() -> None:

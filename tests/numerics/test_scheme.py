@@ -1,8 +1,8 @@
 import pytest
 
-from qat.numerics.granularity import PerChannel, PerGroup, PerToken
-from qat.numerics.grid import IntGrid
-from qat.numerics.scheme import Scheme
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.grid import FloatGrid, IntGrid
+from qat.numerics.scheme import E4M3, Scheme, input_parts, is_input_scale
 
 
 def test_schemes_are_values():
@@ -26,3 +26,20 @@ def test_schemes_are_values():
 def test_what_means_nothing_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Scheme(**{"grid": IntGrid(4), "granularity": PerChannel()} | change)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "parts"),
+    [
+        (None, ()),
+        (Scheme(IntGrid(8), PerToken(), dynamic=True), ()),
+        (Scheme(IntGrid(8), PerToken(), symmetric=False, dynamic=True), ()),
+        (Scheme(IntGrid(8), PerTensor()), ("input_scale",)),
+        (Scheme(IntGrid(8), PerTensor(), symmetric=False), ("input_scale", "input_zero_point")),
+        (Scheme(FloatGrid("e2m1"), PerGroup(16), dynamic=True, scale_dtype=E4M3), ("input_global_scale",)),
+    ],
+)
+def test_what_is_stored_of_an_input(scheme, parts):
+    assert input_parts(scheme) == parts
+    assert all(is_input_scale(f"a.b.{part}") for part in parts)
+    assert not is_input_scale("a.input_scale.weight")
