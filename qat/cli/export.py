@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from qat.cli.arms import quantize, train
+from qat.cli.arms import quantize, static_inputs, train
 from qat.cli.exporting import export, references
 from qat.cli.rundir import RunDir, find, is_finished
 from qat.cli.workbench import open_workbench
@@ -33,7 +33,7 @@ def main(config: dict[str, Any]) -> int:
         tensors, folded, sequences, captured, _ = train(bench, [])
     else:
         changes = quantize(bench, arm, methods[arm])
-        tensors, folded = changes.tensors, changes.folded
+        tensors, folded = changes.tensors, changes.folded | static_inputs(bench, changes)
         sequences = references(bench, bench.moved(apply(bench.model, tensors, folded, recipe=bench.recipe)))
         captured = "not applicable: a post-training method has no training graph"
     out = Path(config["out"]).expanduser() if config["out"] else path / "export" / f"{arm}-{config['format']['name']}"

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,19 @@ def test_a_post_training_arm(finished, tmp_path, capsys, arm):
 def test_arms_have_codes_of_their_own(finished, tmp_path):
     assert export(finished, tmp_path, "arm=rtn") == 0
     assert digests(tmp_path / "out") != digests(finished.path / "export" / "compressed_tensors")
+
+
+def test_static_inputs_are_those_of_the_run(finish, tmp_path, capsys):
+    """The arm again has the ranges that were calibrated; the file alone gives the run's numbers."""
+    recipe = Path(__file__).parents[2] / "configs" / "recipe" / "w8a8_static.yaml"
+    run = finish("ptq", f"recipe={recipe}", "method=rtn")
+    written = run.path / "export" / "compressed_tensors"
+    assert main(["eval", str(written), f"runs={run.runs}", "device=cpu"]) == 0
+    row, summary = json.loads(capsys.readouterr().out), json.loads((run.path / "summary.json").read_text())
+    assert row["nll"] == pytest.approx(summary["arms"]["rtn"]["nll"], rel=1e-9)
+    assert summary["arms"]["rtn"]["bytes"] == (written / "model.safetensors").stat().st_size
+    assert export(run, tmp_path) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (written / "model.safetensors").read_bytes()
 
 
 def test_an_arm_that_the_run_does_not_have(finished, tmp_path, capsys):

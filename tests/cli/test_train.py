@@ -59,27 +59,50 @@ def test_a_quantized_cache_is_trained_exported_verified_and_found_again(finish, 
     assert json.loads(capsys.readouterr().out)["kl"] == pytest.approx(summary["arms"]["qat"]["kl"], rel=1e-9)
 
 
-def weight(grid: str, granularity: str = "PerGroup, group_size: 32", symmetric: bool = True) -> str:
+def weight(grid: str, granularity: str = "PerGroup, group_size: 32", symmetric: bool = True, more: str = "") -> str:
     numerics = "_target_: qat.numerics"
     grid, kind = (f"{numerics}.grid.{grid}", f"{numerics}.granularity.{granularity}")
     return (
-        f"{{{numerics}.scheme.Scheme, grid: {{{grid}}}, granularity: {{{kind}}}, symmetric: {str(symmetric).lower()}}}"
+        f"{{{numerics}.scheme.Scheme, grid: {{{grid}}}, granularity: {{{kind}}}, symmetric: {str(symmetric).lower()}"
+        f"{more}}}"
     )
 
 
 INTEGERS = [weight(f"IntGrid, bits: {bits}") for bits in (2, 3, 5, 6, 7, 8)]
+INT8, FP8, FP4 = "IntGrid, bits: 8", "FloatGrid, name: e4m3", "FloatGrid, name: e2m1"
+NVFP4 = (FP4, "PerGroup, group_size: 16", True, ", scale_dtype: float8_e4m3fn")
+MXFP4, MXFP8 = ((grid, "PerGroup, group_size: 32", True, ", scale_dtype: float8_e8m0fnu") for grid in (FP4, FP8))
+TOKENS = weight(INT8, "PerToken", True, ", dynamic: true, convention: vllm")
+
+
+def dynamic(grid: str, granularity: str, symmetric: bool = True, more: str = "") -> str:
+    return weight(grid, granularity, symmetric, f"{more}, dynamic: true")
+
+
 GRIDS = {  # schemes, one for each linear of the block, in turn; transformers reads one asymmetric scheme, and no other
     "symmetric": [*INTEGERS, weight("IntGrid, bits: 4", "PerChannel")],
     "three bits and a zero": [weight("IntGrid, bits: 3", symmetric=False)],
     "two bits and a zero": [weight("IntGrid, bits: 2", symmetric=False)],
     "codebooks": [weight(f"Codebook, name: {name}") for name in ("ternary", "seq2", "binary")],
+    "inputs": [  # of some, beside the weights
+        f"{weight(INT8, 'PerChannel')}, input: {TOKENS}",
+        f"{weight(INT8, 'PerChannel')}, input: {weight(INT8, 'PerTensor', False)}",
+        f"{weight('IntGrid, bits: 4')}, input: {TOKENS}",
+        f"{weight(FP8, 'PerChannel')}, input: {weight(FP8, 'PerTensor')}",
+        f"{weight(FP8, 'PerChannel')}, input: {dynamic(FP8, 'PerToken')}",
+        weight(*NVFP4),
+        f"{weight(*NVFP4)}, input: {dynamic(*NVFP4)}",
+    ],
+    "powers of two": [f"{weight(*MXFP8)}, input: {dynamic(*MXFP8)}", weight(*MXFP4), weight(*MXFP8)],
 }
-ESTIMATORS = ("lsq", "lsq", "efficientqat", "seq")
+ESTIMATORS = ("lsq", "lsq", "efficientqat", "seq", "lsq", "clipped")
 PACKED = {
     "symmetric": {*(f"int{bits}_g32" for bits in (2, 3, 5, 6, 7, 8)), "int4_channel"},
     "three bits and a zero": {"int3_g32_asym"},
     "two bits and a zero": {"int2_g32_asym"},
     "codebooks": {"int2_g32", "int3_g32"},  # as integers, one bit wider
+    "inputs": {"int8_channel", "int4_g32", "e4m3_channel", "e2m1_g16_e4m3"},
+    "powers of two": {"e4m3_g32_e8m0", "e2m1_g32_e8m0"},
 }
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
