@@ -31,7 +31,9 @@ def main(path: Path) -> int:
     """Exit 0 only if both hold."""
     file = load_file(path / "model.safetensors")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    (group,) = config["config_groups"].values()
+    group, *others = config["config_groups"].values()
+    if others or group["format"] != "pack-quantized" or group["input_activations"]:
+        raise SystemExit("decodes one scheme of packed integers without inputs; `qat verify` checks the others")
     names = [key.removesuffix(".weight_packed") for key in file if key.endswith(".weight_packed")]
     if not group["weights"]["symmetric"]:
         raise SystemExit("asymmetric: transformers decodes it only with CompressedTensorsConfig(dequantize=True)")

@@ -44,8 +44,12 @@ def library(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def dequantizes(recipe: Recipe) -> bool:
     """Whether transformers must be asked to dequantize: with compressed-tensors 0.20 it reads no packed zero points."""
-    pairs = ((rule.weight, rule.input) for rule in recipe.rules.values() if rule.weight is not None)
-    return any(not weight.symmetric and sub_format(weight, input) == PACKED for weight, input in pairs)
+    return any(not weight.symmetric and sub_format(weight, input) == PACKED for weight, input in _pairs(recipe))
+
+
+def loads(recipe: Recipe) -> bool:
+    """Whether transformers loads a file of this recipe: asked to dequantize, it knows one scheme for all of it."""
+    return not dequantizes(recipe) or len(_pairs(recipe)) == 1
 
 
 def decodes_in_fp32(recipe: Recipe) -> bool:
@@ -54,8 +58,11 @@ def decodes_in_fp32(recipe: Recipe) -> bool:
     The library decodes zero points and block-scaled weights (NVFP4, MX) in bf16 whatever it is asked for; a model that
     is loaded in fp32 then cannot even multiply by the latter.
     """
-    weights = (rule.weight for rule in recipe.rules.values() if rule.weight is not None)
-    return all(weight.symmetric and weight.scale_dtype not in (E4M3, E8M0) for weight in weights)
+    return all(weight.symmetric and weight.scale_dtype not in (E4M3, E8M0) for weight, _ in _pairs(recipe))
+
+
+def _pairs(recipe: Recipe) -> set[tuple[Scheme, Scheme | None]]:
+    return {(rule.weight, rule.input) for rule in recipe.rules.values() if rule.weight is not None}
 
 
 @torch.no_grad()

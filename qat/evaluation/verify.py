@@ -114,6 +114,8 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
     elif captured is None:
         unchecked.append("weights of the training graph: only the run that trained them could capture them")
     checks |= _foreign(checkpoint, sequences)
+    if not foreign.loads(checkpoint.recipe):
+        unchecked.append("transformers: it loads no packed zero points beside weights of another scheme")
     if sequences:
         checks["engine"] = _engine(path, sequences, device, compared_in(checkpoint.recipe))
         checks["fast_path"] = _fast_path(path, sequences, device)
@@ -132,7 +134,8 @@ def _tensors(checkpoint: Checkpoint, sha: Mapping[str, str]) -> dict[str, Any]:
 
 def _foreign(checkpoint: Checkpoint, sequences: list[Sequence]) -> dict[str, Any]:
     rows = {"compressed_tensors": foreign.library(checkpoint)}
-    rows["transformers_default"] = foreign.transformers(checkpoint, None, [])
+    if foreign.loads(checkpoint.recipe):
+        rows["transformers_default"] = foreign.transformers(checkpoint, None, [])
     if foreign.decodes_in_fp32(checkpoint.recipe):
         rows["transformers_fp32"] = foreign.transformers(checkpoint, torch.float32, sequences)
     for row in rows.values():

@@ -15,7 +15,11 @@ from qat.evaluation import foreign, reference
 from qat.evaluation.verify import FAST_KL_BOUND, LOGIT_BOUND, verify
 from qat.formats import compressed_tensors, ct_args
 from qat.nn.quantized_input import QuantizedInput
+from qat.numerics.granularity import PerGroup
+from qat.numerics.grid import IntGrid
 from qat.numerics.kv import KINDS
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme
 
 Q = "model.layers.1.mlp.up_proj"
 
@@ -77,6 +81,21 @@ def test_a_true_export_of_every_grid_and_input_is_verified(tmp_path, name):
         row = certificate["checks"]["transformers_fp32"]
         assert row["load_path"].endswith("its inputs rounded by us")
         assert (row["max_abs_logit_diff_own_inputs"] < 1e-5 * row["max_abs_logit"]) is name.startswith("fp8")
+
+
+def test_what_transformers_cannot_load_is_said(tmp_path):
+    """Once this fails, it can: `foreign.loads` may go."""
+    zeros = Scheme(IntGrid(4), PerGroup(32), symmetric=False)
+    alone = Recipe({"all": Rule(".*_proj", zeros, PAIRS["fp8_static"][1])})
+    mixed = Recipe({"all": Rule(".*_proj", zeros), "down": Rule(".*down_proj", *PAIRS["w8a8"])})
+    for rules, loaded in ((alone, True), (mixed, False)):
+        export(tmp_path / str(loaded), rules=rules)
+        certificate = verify(tmp_path / str(loaded))
+        assert certificate["verified"]
+        assert ("transformers_default" in certificate["checks"]) is loaded
+        assert [text.partition(":")[0] for text in certificate["unchecked"]] == ([] if loaded else ["transformers"])
+    with pytest.raises(RuntimeError):
+        foreign.transformers(compressed_tensors.load(tmp_path / "False"), None, [])
 
 
 @pytest.mark.parametrize("wrong", ["none", "convention"])
