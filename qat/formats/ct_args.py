@@ -134,10 +134,12 @@ def schemes_of(where: str, key: str, quantization: Mapping[str, Any]) -> tuple[s
     Raises:
         ValueError: The group says something that this reader does not serve.
     """
-    group = quantization["config_groups"][key]
+    group, conventions = quantization["config_groups"][key], quantization.get(CONVENTIONS) or {}
+    conventions = conventions.get(key, {}) if isinstance(conventions, dict) else conventions
+    if not isinstance(group, dict) or not isinstance(conventions, dict):
+        raise ValueError(f"{where}: expected objects, found {group!r} and {CONVENTIONS} {conventions!r}")
     if group.get("output_activations"):
         raise ValueError(f"{where}: output_activations are set; this reader serves quantized weights and inputs")
-    conventions = (quantization.get(CONVENTIONS) or {}).get(key) or {}
     weights = _scheme(f"{where}: weights", group.get("weights") or {}, conventions.get("weights", "ct"))
     said, input = group.get("input_activations"), None
     if said:
@@ -152,7 +154,7 @@ def schemes_of(where: str, key: str, quantization: Mapping[str, Any]) -> tuple[s
         MXFP4: weights.scale_dtype == E8M0 and weights.grid.bits == 4,
         MXFP8: weights.scale_dtype == E8M0 and weights.grid.bits == 8,
     }
-    if not held.get(name) or weights.dynamic:
+    if not isinstance(name, str) or not held.get(name) or weights.dynamic:
         raise ValueError(
             f"{where}: format {name!r} with weights {weights}; this reader serves {', '.join(SUB_FORMATS)}, each with "
             f"its own kind of static weights"
@@ -162,7 +164,9 @@ def schemes_of(where: str, key: str, quantization: Mapping[str, Any]) -> tuple[s
     return name, weights, input
 
 
-def _scheme(where: str, said: Mapping[str, Any], convention: str) -> Scheme:
+def _scheme(where: str, said: Any, convention: str) -> Scheme:
+    if not isinstance(said, dict):
+        raise ValueError(f"{where}: expected an object, found {said!r}")
     bits, strategy, size, symmetric = (said.get(k) for k in ("num_bits", "strategy", "group_size", "symmetric"))
     if not isinstance(bits, int):
         raise ValueError(f"{where}: num_bits {bits!r}; expected an integer")

@@ -121,6 +121,10 @@ def changed(weight, input=None, **changes):
         (changed(W8, A8, strategy="tensor"), "here: input: this reader carries no input scheme that makes a token"),
         (changed(W8, A8, scale_dtype="torch.int8"), "scale_dtype 'torch.int8'"),
         (changed(W8, A8, dynamic=False), "granularity=PerToken needs dynamic=true"),
+        (changed(W8, weights=[8]), "here: weights: expected an object, found [8]"),
+        (changed(W8, format=[1]), "here: format [1] with weights int8_channel"),
+        (group(W8, A8) | {"scale_conventions": ["vllm"]}, "here: expected objects"),
+        (group(W8, A8) | {"config_groups": {"group_0": "W8A8"}}, "here: expected objects, found 'W8A8'"),
         (group(W8, A8) | {"scale_conventions": {"group_0": {"weights": "other"}}}, "convention='other'"),
     ],
 )
