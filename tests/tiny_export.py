@@ -39,8 +39,9 @@ def export(
     new_tokens: int = 32,
     kv: str | None = None,
     rules: Recipe | None = None,
+    layers: int = 2,
 ) -> None:
-    model, rules = tiny(), rules or recipe(bits, symmetric=symmetric, kv=kv)
+    model, rules = tiny(layers), rules or recipe(bits, symmetric=symmetric, kv=kv)
     changes = quantized(rules, model)
     compressed_tensors.save(path, model, rules, changes.tensors, changes.folded, byte_tokenizer())
     if certified:
