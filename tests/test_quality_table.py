@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NLL = {"fp": 2.0, "ft_fp": 1.9, "rtn": 3.0, "mse_rtn": 2.8, "gptq": 2.5, "awq": 2.6, "ft_gptq": 2.3}
+NLL = {"fp": 2.0, "ft_fp": 1.9, "rtn": 3.0, "mse_rtn": 2.8, "gptq": 2.5, "awq": 2.6, "autoround": 2.55, "ft_gptq": 2.3}
 NLL |= {"qat": 2.1, "blockap_qat": 2.05, "qat_ce": 2.0}
 
 

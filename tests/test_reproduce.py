@@ -39,6 +39,7 @@ def test_what_does_not_depend_on_seed_or_recipe_is_there_once(plan):
         ("-", "fp", 0), ("-", "ft_fp", 1), (W4, "rtn", 0), (CHANNEL, "rtn", 0), ("-", "ft_fp", 2), ("-", "ft_fp", 3)
     ]  # fmt: skip
     assert [cell.seed for cell in cells if cell.arm == "qat"] == [1, 1, 2, 3]
+    assert {cell.recipe for cell in cells if cell.arm == "autoround"} == {W4}
 
 
 def test_no_cell_is_given_twice_and_done_ones_never(board):

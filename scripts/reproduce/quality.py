@@ -1,10 +1,11 @@
 """The quality table: every grid x every arm x seeds, on the demo model. Cells that the JSON holds are not run again.
 
     python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens DIR --generated DIR --prose DIR \
-        [--more DIR ...] [--recipes w4a16_g64 ...] [--arms rtn qat ...] [--seeds 1 2 3] [--minutes 25] [--gpus 0 1] [-- override ...]
+        [--more DIR ...] [--recipes w4a16_g64 ...] [--arms rtn qat ...] [--seeds 1 2 3] [--minutes 25] [--gpus 0 1] \
+        [-- override ...]
 
 `--tokens` is a token directory of python_docs, `--generated` one of `qat generate`, `--prose` what `texts.py` wrote.
-PTQ arms calibrate on the train split of python_docs, trained arms train on it and on the generated one.
+PTQ arms calibrate on the train split of python_docs; trained arms train on it, on the generated one and on `--more`.
 
 On each GPU one process trains, and beside it some quantize after training, since these wait for the host.
 """

@@ -10,13 +10,15 @@ work=${WORK:-$root/runs/quality}
 python=.venv/bin/python
 mkdir -p "$work"
 [ -d "$work/prose/wives" ] || $python scripts/reproduce/texts.py "$work/prose"
-[ -f "$work/generated/manifest.json" ] \
-  || $python -m qat generate out="$work/generated" tokens=6000000 sequences=4096 seed=77
 if [ ! -d "$work/tokens" ]; then
   $python -m qat run experiment=smoke dry_run=true logger=none resume=never runs="$work/runs"
   run=$(ls -d "$work"/runs/smoke/*/ | tail -1)  # a dry run is not the latest
   cp -r "$($python -c "import json, sys; print(json.load(open(sys.argv[1]))['data']['path'])" "$run/run.json")" "$work/tokens"
 fi
+[ -f "$work/generated/manifest.json" ] \
+  || $python -m qat generate out="$work/generated" tokens=6000000 sequences=4096 seed=77
+[ -f "$work/domain/manifest.json" ] \
+  || $python -m qat generate out="$work/domain" tokens=6000000 sequences=4096 seed=78 prompt.path="$work/tokens"
 $python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens "$work/tokens" \
-  --generated "$work/generated" --prose "$work/prose" --work "$work/cells" "$@"
+  --generated "$work/generated" --more "$work/domain" --prose "$work/prose" --work "$work/cells" "$@"
 $python scripts/reproduce/quality_table.py scripts/results/quality.json

@@ -15,7 +15,7 @@ from qat.cli.tree import Tree
 from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
 
-PTQ = ("rtn", "mse_rtn", "gptq", "awq")
+PTQ = ("rtn", "mse_rtn", "gptq", "awq", "autoround")
 LONG = ["loss=kl", "trainer.max_steps=2000", "trainer.checkpoint_every=2000", "trainer.val_every=2000"]
 DISTILLED = {"qat": LONG, "blockap_qat": LONG}  # arm: what it adds to the settings of its recipe
 DOCS = 4  # times the train split of python_docs beside the generated text, which is nearly twenty times its size
@@ -23,7 +23,7 @@ TRAINED = {"ft_fp": ["loss=ce"], "blockap": [], **DISTILLED, "qat_ce": ["loss=ce
 ARMS = ("fp", *TRAINED, *PTQ, "ft_gptq")
 NEEDS = {"ft_gptq": "ft_fp", "blockap_qat": "blockap"}
 EVERYWHERE = ("fp", "ft_fp")  # the same for every recipe, "-"
-DRAWN = (*TRAINED, "gptq", "awq", "ft_gptq")  # they depend on the seed; the others have seed 0
+DRAWN = (*TRAINED, "gptq", "awq", "autoround", "ft_gptq")  # they depend on the seed; the others have seed 0
 
 RECIPES: dict[str, list[str]] = {  # the first three tuned on the validation split, the others set beside them
     "w4a16_g64": ["optim.lr=2e-4"],
@@ -41,6 +41,7 @@ COMMON = ["format=none", "logger=none", "resume=never", "calibration.samples=128
           "trainer.compile=true", "trainer.log_every=50", "optim.scale_lr=3e-3",
           "evaluation.windows=24", "evaluation.batch_size=8",
           "+method@arms.mse_rtn=mse_rtn", "+method@arms.blockap=blockwise"]  # fmt: skip
+IN_ORDER = ["arms.gptq.groups=current", "arms.gptq.act_order=group"]  # at 2 bits better than static, on validation
 BLOCKAP = ["calibration.samples=1024", "arms.blockap.epochs=6", "arms.blockap.batch_size=8"]
 
 Lane = Literal["trained", "ptq"]
@@ -66,14 +67,21 @@ def plan(recipes: list[str], arms: list[str], seeds: list[int]) -> list[Cell]:
                 if seed == seeds[0] or recipe in REPEATED:
                     named = "-" if arm in EVERYWHERE else recipe
                     found[Cell(named, arm, seed if arm in DRAWN else 0)] = None
-    return list(found)
+    return [cell for cell in found if cell.arm in candidates(cell.recipe) or cell.arm not in PTQ]
+
+
+def candidates(recipe: str) -> tuple[str, ...]:
+    """The PTQ methods that a recipe is judged against: AutoRound where seeds are repeated."""
+    return tuple(arm for arm in PTQ if arm != "autoround" or recipe in REPEATED)
 
 
 def settings(cell: Cell, given: Namespace) -> list[str]:
     """How a cell is made, as overrides of `qat run`; its recipe, its seed and its paths apart."""
     mine = RECIPES.get(cell.recipe, RECIPES["w4a16_g64"])
-    blockap = BLOCKAP if cell.arm == "blockap" else []
-    return [*COMMON, *mine, *blockap, *TRAINED.get(cell.arm, []), *given.overrides]
+    own = {"blockap": BLOCKAP, "autoround": ["+method@arms.autoround=autoround"]}.get(cell.arm, [])
+    if cell.recipe == "w2a16_g64" and cell.arm in ("gptq", "ft_gptq"):
+        own = IN_ORDER
+    return [*COMMON, *mine, *own, *TRAINED.get(cell.arm, []), *given.overrides]
 
 
 def digest(cell: Cell, given: Namespace) -> str:

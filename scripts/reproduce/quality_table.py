@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from quality_plan import ARMS, DISTILLED, EVERYWHERE, PTQ, RECIPES
+from quality_plan import ARMS, DISTILLED, EVERYWHERE, RECIPES, candidates
 from results import Row, read, write
 
 from qat.evaluation.recovered import recovered
@@ -59,7 +59,7 @@ def aims(rows: Rows, means: list[Row]) -> list[Row]:
         if not both:
             continue
         chosen = min(both, key=lambda row: row["kl_validation"])["arm"]
-        each = _each(rows, recipe, chosen, "fp", PTQ)
+        each = _each(rows, recipe, chosen, "fp", candidates(recipe))
         if not each:
             continue
         nll, kl = AIMS.get(recipe, (None, None))
@@ -67,26 +67,26 @@ def aims(rows: Rows, means: list[Row]) -> list[Row]:
         one |= {"aim_nll": nll, "aim_kl": kl, "best_nll": _winners(each, "nll"), "best_kl": _winners(each, "kl")}
         for key in ("kl", "recovered_nll", "recovered_kl", *(f"recovered_kl_{text}" for text in TEXTS)):
             one |= spread(key, [row[key] for row in each])
-        entropy = _each(rows, recipe, "qat_ce", "ft_fp", (*PTQ, "ft_gptq"))
+        entropy = _each(rows, recipe, "qat_ce", "ft_fp", (*candidates(recipe), "ft_gptq"))
         one |= spread("ce_recovered_nll", [row["recovered_nll"] for row in entropy])
         found.append(one | {"ce_best_nll": _winners(entropy, "nll")})
     return found
 
 
-def _each(rows: Rows, recipe: str, trained: str, reference: str, candidates: tuple[str, ...]) -> list[Row]:
+def _each(rows: Rows, recipe: str, trained: str, reference: str, against: tuple[str, ...]) -> list[Row]:
     """What one trained arm recovered, for each seed of which everything is known."""
     found = []
     for seed in sorted({s for r, arm, s in rows if (r, arm) == (recipe, trained)}):
-        arms = {arm: of(rows, recipe, arm, seed) for arm in (trained, reference, *candidates)}
+        arms = {arm: of(rows, recipe, arm, seed) for arm in (trained, reference, *against)}
         known: dict[str, Any] = {arm: row for arm, row in arms.items() if row}
         if len(known) < len(arms):
             continue
-        best = recovered(known, list(candidates), trained, reference)["vs_best_ptq"]
+        best = recovered(known, list(against), trained, reference)["vs_best_ptq"]
         one: Row = {"kl": known[trained]["kl"]}
         for metric in ("nll", "kl"):
             one |= {f"recovered_{metric}": best[metric]["value"], f"best_{metric}": best[metric]["winner"]}
         for text in TEXTS:
-            lowest = min(known[arm][f"kl_{text}"] for arm in candidates)
+            lowest = min(known[arm][f"kl_{text}"] for arm in against)
             one[f"recovered_kl_{text}"] = 1 - known[trained][f"kl_{text}"] / lowest
         found.append(one)
     return found
