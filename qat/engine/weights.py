@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from qat.engine.layers import Concatenated, Embedding, Linear, RMSNorm
-from qat.formats.base import Checkpoint, tensor_files
+from qat.formats.base import Checkpoint
 from qat.nn.packed_embedding import PackedEmbedding
 from qat.nn.packed_linear import PackedLinear
 from qat.numerics.granularity import PerTensor
@@ -43,9 +43,8 @@ class Weights:
     ):
         self.device, self.dtype = device, dtype
         self._checkpoint, self._config, self._reference = checkpoint, config, reference
-        self._files = tensor_files(checkpoint.path)
         self._left = {*checkpoint.plain, *checkpoint.tensors}
-        self.file_bytes = sum(file.stat().st_size for file in set(self._files.values()))
+        self.file_bytes = sum(file.stat().st_size for file in set(checkpoint.files.values()))
         self._spare = int(SPARE * self.file_bytes)
 
     def linear(self, prefix: str, parts: Mapping[str, int], columns: int, bias: bool = False) -> nn.Module:
@@ -101,7 +100,8 @@ class Weights:
             self._plain("lm_head.weight", tuple(embedding.weight.shape)), embedding.weight
         ):
             raise ValueError(
-                f"{self._files['lm_head.weight']}: lm_head.weight is not the embedding that config.json ties it to"
+                f"{self._checkpoint.file('lm_head.weight')}: lm_head.weight is not the embedding that config.json ties "
+                f"it to"
             )
         head = Linear(torch.empty(0))
         head.weight = embedding.weight
@@ -113,7 +113,7 @@ class Weights:
         strays = sorted(name for name in self._left if not name.endswith(".rotary_emb.inv_freq"))
         if strays:
             name = strays[0]
-            file = self._files.get(name) or self._files[f"{name}.weight_packed"]
+            file = self._checkpoint.file(name)
             raise ValueError(f"{file}: tensor {name} has no place in the {self._config.model_type} of config.json")
 
     def _specialize(self, layer: PackedLinear | PackedEmbedding, linear: PackedLinear) -> None:
@@ -130,26 +130,24 @@ class Weights:
         tensor = self._checkpoint.tensors[name]
         self._left.discard(name)
         if tuple(tensor.shape) != shape:
-            file = self._files[f"{name}.weight_packed"]
+            file = self._checkpoint.file(name)
             raise ValueError(f"{file}: tensor {name} is {tuple(tensor.shape)}; config.json asks for {shape}")
         return tensor.to(self.device)
 
     def _plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if (module := name.removesuffix(".weight")) in self._checkpoint.tensors:
-            raise ValueError(
-                f"{self._files[f'{module}.weight_packed']}: {module} is quantized; it is served plain only"
-            )
+            raise ValueError(f"{self._checkpoint.file(module)}: {module} is quantized; it is served plain only")
         if name not in self._checkpoint.plain:
             raise ValueError(f"{self._checkpoint.path}: tensor {name} is missing; config.json asks for it")
         tensor = self._checkpoint.plain[name]
         self._left.discard(name)
         if tuple(tensor.shape) != shape or tensor.dtype not in STORAGE:
             raise ValueError(
-                f"{self._files[name]}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}; config.json asks for "
-                f"{shape}, in float32, bfloat16 or float16"
+                f"{self._checkpoint.file(name)}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}; config.json asks "
+                f"for {shape}, in float32, bfloat16 or float16"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{self._files[name]}: tensor {name} holds inf or NaN")
+            raise ValueError(f"{self._checkpoint.file(name)}: tensor {name} holds inf or NaN")
         return tensor.to(self.device)
 
 

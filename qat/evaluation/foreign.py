@@ -1,44 +1,103 @@
 """What other people's loaders make of an export: every weight, bit for bit, and the logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.entrypoints.convert import AutoAWQConverter
 from compressed_tensors.modeling.kvcache import KV_CACHE_ATTR
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors import safe_open
 from torch import Tensor
 
 from qat.evaluation.precision import compared_in, computing
 from qat.evaluation.reference import Sequence, difference
-from qat.formats import compressed_tensors
+from qat.formats import awq, compressed_tensors, gptq
 from qat.formats.base import Checkpoint
 from qat.models.hf import load_quantized
 from qat.nn.kv import quantize_kv
 from qat.numerics.scheme import Scheme
 
+DECODERS = ("compressed_tensors", "transformers_default", "autoawq_converter")  # checks that decode every weight
+Row = dict[str, Any]
 
-def library(checkpoint: Checkpoint) -> dict[str, Any]:
+
+def decoders(checkpoint: Checkpoint, sequences: list[Sequence]) -> tuple[dict[str, Row], list[str]]:
+    """What every installed loader of the checkpoint's format makes of it, and what none here can say.
+
+    Returns:
+        Load path, dtype and largest difference of each; and sentences, where no loader is installed.
+    """
+    method = checkpoint.config["quantization_config"]["quant_method"]
+    if method == gptq.METHOD:
+        return {}, ["foreign decode: no library here decodes GPTQ's layout (GPTQModel and vLLM do)"]
+    if method == awq.METHOD:
+        return {"autoawq_converter": converter(checkpoint)}, []
+    rows = {"compressed_tensors": library(checkpoint)}
+    rows["transformers_default"] = transformers(checkpoint, None, [])
+    symmetric = all(rule.weight is None or rule.weight.symmetric for rule in checkpoint.recipe.rules.values())
+    if symmetric:  # loaded asymmetrically, transformers decodes in bf16 first: no fp32 view exists
+        rows["transformers_fp32"] = transformers(checkpoint, torch.float32, sequences)
+    return rows, []
+
+
+def library(checkpoint: Checkpoint) -> Row:
     """Decodes every packed weight with the compressed-tensors library, and compares it with our own decoding.
 
     Both in the dtype of the scales. The file's own config groups say how, so this checks them as well.
     """
     groups = checkpoint.config["quantization_config"]["config_groups"].values()
+
+    def decode(name: str) -> Tensor:
+        group = next(g for g in groups if name in g["targets"] or "Linear" in g["targets"])
+        return _decompressed(compressed_tensors.pack_tensor(checkpoint.tensors[name]), QuantizationScheme(**group))
+
+    return _compared(checkpoint, "compressed_tensors BaseCompressor.decompress", decode)
+
+
+def converter(checkpoint: Checkpoint) -> Row:
+    """Decodes every packed weight of an AWQ file with the compressed-tensors library's converter, likewise.
+
+    It reads the file's own tensors and config. Its own config has no word for scales per channel, which are groups of
+    the whole row.
+    """
+    said = checkpoint.config["quantization_config"]
+    own = AutoAWQConverter.from_autoawq_config(said)
+
+    def decode(name: str) -> Tensor:
+        raw = {}
+        for part in awq.PARTS:
+            with safe_open(checkpoint.files[f"{name}.{part}"], framework="pt") as file:
+                raw[f"{name}.{part}"] = file.get_tensor(f"{name}.{part}")
+        parts = {key.removeprefix(f"{name}."): value for key, value in own.process(raw).items()}
+        columns = checkpoint.tensors[name].shape[1]
+        size = said["group_size"] if said["group_size"] > 0 else columns
+        weights = QuantizationArgs(num_bits=own.bits, symmetric=not own.zero_point, strategy="group", group_size=size)
+        return _decompressed(parts, QuantizationScheme(targets=["Linear"], weights=weights))
+
+    return _compared(checkpoint, "compressed_tensors AutoAWQConverter, BaseCompressor.decompress", decode)
+
+
+def _decompressed(parts: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
     compressor = BaseCompressor.get_value_from_registry(compressed_tensors.FORMAT)
+    decoded: Tensor = compressor.decompress(parts, scheme)["weight"]
+    return decoded
+
+
+def _compared(checkpoint: Checkpoint, path: str, decode: Callable[[str], Tensor]) -> Row:
     worst, where, dtypes = 0.0, None, set()
     for name, tensor in checkpoint.tensors.items():
-        group = next(g for g in groups if name in g["targets"] or "Linear" in g["targets"])
-        parts = compressed_tensors.pack_tensor(tensor)
-        decoded = compressor.decompress(parts, QuantizationScheme(**group))["weight"]
+        decoded = decode(name)
         difference = _difference(decoded, tensor.dequantize(decoded.dtype))
         dtypes.add(str(decoded.dtype).removeprefix("torch."))
         if difference > worst:
             worst, where = difference, name
-    path = "compressed_tensors BaseCompressor.decompress"
     return {"load_path": path, "dtype": ", ".join(sorted(dtypes)), "max_abs_diff": worst, "worst": where}
 
 
 @torch.no_grad()
-def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: list[Sequence]) -> dict[str, Any]:
+def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: list[Sequence]) -> Row:
     """Loads the directory with `AutoModelForCausalLM`, and compares every tensor with our own decoding.
 
     Args:
@@ -66,13 +125,13 @@ def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: l
     if compares and checkpoint.recipe.kv is not None:
         path += ", its cache replaced by ours"
         _replace_cache(model, checkpoint.recipe.kv)
-    row: dict[str, Any] = {
+    row: Row = {
         "load_path": path, "dtype": str(model.dtype).removeprefix("torch."), "max_abs_diff": worst, "worst": where
     }  # fmt: skip
     return row | logits(model, sequences, compared_in(checkpoint.recipe)) if compares else row
 
 
-def logits(model: Any, sequences: list[Sequence], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def logits(model: Any, sequences: list[Sequence], dtype: torch.dtype = torch.float32) -> Row:
     """Largest difference of a model's logits in `dtype` from the reference's, and the largest reference logit."""
     worst = largest = 0.0
     with computing(dtype):

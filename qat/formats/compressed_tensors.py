@@ -35,6 +35,7 @@ from qat.formats.base import (
     certified_parts,
     linear_names,
     read_json,
+    recipe_of,
     unquantized_state,
     write_directory,
 )
@@ -44,7 +45,7 @@ from qat.numerics.grid import IntGrid
 from qat.numerics.kv import KINDS, head_dim, kind_of
 from qat.numerics.packing import num_words, offset, pack, unpack
 from qat.numerics.qtensor import QuantizedTensor, as_integers
-from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import E4M3, E8M0, Scheme, integers
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -326,8 +327,8 @@ def load(path: Path | str) -> Checkpoint:
         return tensor
 
     plain = [name for name in reader.files if name not in parts]
-    recipe = replace(_recipe(schemes), kv=kv)
-    return Checkpoint(path, config, recipe, Lazy(modules, read), Lazy(plain, reader.plain))
+    recipe = replace(recipe_of(schemes), kv=kv)
+    return Checkpoint(path, config, recipe, Lazy(modules, read), Lazy(plain, reader.plain), reader.files)
 
 
 def module_schemes(path: Path, quantization: Mapping[str, Any], modules: list[str]) -> dict[str, Scheme]:
@@ -349,13 +350,3 @@ def module_schemes(path: Path, quantization: Mapping[str, Any], modules: list[st
 
 def _targets(target: str, name: str) -> bool:
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
-
-
-def _recipe(schemes: Mapping[str, Scheme]) -> Recipe:
-    by_scheme: dict[Scheme, list[str]] = {}
-    for name, scheme in schemes.items():
-        by_scheme.setdefault(scheme, []).append(name)
-    rules = {}
-    for i, (scheme, names) in enumerate(by_scheme.items()):  # schemes may differ in what their short name leaves out
-        rules[f"{i}_{scheme}"] = Rule("|".join(re.escape(name) for name in names), scheme)
-    return Recipe(rules)

@@ -54,6 +54,62 @@ def test_a_true_export_is_verified(tmp_path, bits, symmetric):
     assert json.loads((tmp_path / "ct" / "verify.json").read_text())["verified"]
 
 
+@pytest.mark.parametrize(
+    ("format", "bits", "symmetric", "foreign"),
+    [
+        ("gptq", 4, True, set()),
+        ("gptq", 3, False, set()),
+        ("awq", 4, True, {"autoawq_converter"}),
+        ("awq", 4, False, {"autoawq_converter"}),
+    ],
+)
+def test_a_true_export_in_every_format_is_verified(tmp_path, format, bits, symmetric, foreign):
+    export(tmp_path / "m", bits, symmetric, format=format)
+    certificate = verify(tmp_path / "m")
+    assert {k: c["passed"] for k, c in certificate["checks"].items() if not c["passed"]} == {}
+    assert certificate["verified"]
+    assert set(certificate["checks"]) == {"tensors", "files", "engine", "fast_path"} | foreign
+    assert certificate["checks"]["engine"]["greedy_equal"] == 3
+    assert bool(certificate["unchecked"]) is not bool(foreign)  # what nobody here decodes is said, not passed
+    assert all("GPTQ's layout" in text for text in certificate["unchecked"])
+
+
+@pytest.mark.parametrize(
+    ("format", "part", "named"),
+    [
+        ("gptq", "qweight", "codes"),
+        ("gptq", "scales", "scale"),
+        ("gptq", "qzeros", "zero_point"),
+        ("awq", "qweight", "codes"),
+        ("awq", "scales", "scale"),
+        ("awq", "qzeros", "zero_point"),
+    ],
+)
+def test_one_flipped_bit_in_every_format_is_found_and_named(tmp_path, format, part, named):
+    export(tmp_path / "m", 4, False, format=format)
+    # A scale's last bits are none that bf16 holds: a higher one is, and only the digest can tell.
+    edit(tmp_path / "m", flip(f"{Q}.{part}", 1 << 6 if part == "scales" else 1))
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {Q}\.{named} is not what verify\.json certifies"):
+        verify(tmp_path / "m")
+
+
+def test_quantize_config_is_bound_too(tmp_path):
+    export(tmp_path / "m", format="gptq")
+    assert verify(tmp_path / "m")["verified"]
+    (tmp_path / "m" / "quantize_config.json").write_text("{}")
+    certificate = verify(tmp_path / "m")
+    assert certificate["checks"]["files"]["changed"] == ["quantize_config.json"]
+    assert not certificate["verified"]
+
+
+def test_a_plain_checkpoint_has_nothing_to_verify(tmp_path):
+    from tiny import tiny
+
+    tiny().save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="nothing in it is quantized"):
+        verify(tmp_path / "m")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_true_export_with_a_quantized_cache_is_verified(tmp_path, kind):
     export(tmp_path / "ct", kv=kind)
