@@ -143,8 +143,8 @@ class Weights:
         self._left.discard(name)
         if tuple(tensor.shape) != shape or tensor.dtype not in STORAGE:
             raise ValueError(
-                f"{self._checkpoint.file(name)}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}; config.json asks "
-                f"for {shape}, in float32, bfloat16 or float16"
+                f"{self._checkpoint.file(name)}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}; config.json "
+                f"asks for {shape}, in float32, bfloat16 or float16"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{self._checkpoint.file(name)}: tensor {name} holds inf or NaN")

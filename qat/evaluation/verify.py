@@ -63,7 +63,7 @@ def issue(
         sha |= quantized_digests(name, tensor)
     sha |= {name: digest(value) for name, value in unquantized.items()}
     reference.save(path, sequences)
-    claims = {"reference": _reference_digests(sequences), "files": _file_digests(open_checkpoint(path)), "sha256": sha}
+    claims = {"reference": reference_digests(sequences), "files": _file_digests(open_checkpoint(path)), "sha256": sha}
     _write(path, {"verified": False, **facts, **claims, "checks": {}})
 
 
@@ -104,7 +104,7 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
         unchecked.append("tensors: no certificate lies beside the checkpoint, so nothing says what they should be")
     if not sequences:
         unchecked.append("logits and greedy tokens: no reference lies beside the checkpoint")
-    elif _reference_digests(sequences) != certificate.get("reference"):
+    elif reference_digests(sequences) != certificate.get("reference"):
         raise ValueError(f"{path / reference.FILE}: not the reference that {CERTIFICATE} certifies; it was changed")
     captured = certificate.get("captured")
     if isinstance(captured, dict):
@@ -114,6 +114,8 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
         checks["captured"] = {"reason": "the certificate does not say what was captured", "passed": False}
     elif captured is None:
         unchecked.append("weights of the training graph: only the run that trained them could capture them")
+    if certificate.get("converted_from", {}).get("certificate", "") is None:
+        unchecked.append("origin: the checkpoint that this was converted from had no certificate")
     decoded, undecoded = foreign.decoders(checkpoint, sequences)
     checks |= _judged(decoded)
     unchecked += undecoded
@@ -223,7 +225,8 @@ def _files(checkpoint: Checkpoint, sha: Any) -> dict[str, Any]:
     return {"equal": len(sha) - len(changed), "changed": changed, "added": added, "passed": passed}
 
 
-def _reference_digests(sequences: list[Sequence]) -> list[dict[str, str]]:
+def reference_digests(sequences: list[Sequence]) -> list[dict[str, str]]:
+    """What a certificate has of its reference logits."""
     return [{"ids": digest(s.ids), "logits": digest(s.logits), "prompt": str(s.prompt)} for s in sequences]
 
 

@@ -209,13 +209,13 @@ def test_an_export_of_other_weights_fails_though_its_own_digests_agree(tmp_path,
 def test_greedy_tokens_must_be_equal(copy):
     """A reference whose generated tokens are others, with digests that agree, is not reproduced."""
     from qat.evaluation import reference
-    from qat.evaluation.verify import _reference_digests
+    from qat.evaluation.verify import reference_digests
 
     sequences = reference.load(copy)
     sequences[1].ids[10] = (sequences[1].ids[10] + 1) % 256
     reference.save(copy, sequences)
     certificate = json.loads((copy / "verify.json").read_text())
-    (copy / "verify.json").write_text(json.dumps(certificate | {"reference": _reference_digests(sequences)}))
+    (copy / "verify.json").write_text(json.dumps(certificate | {"reference": reference_digests(sequences)}))
     certificate = verify(copy)
     assert not certificate["verified"]
     assert certificate["checks"]["engine"]["greedy_equal"] == 2
