@@ -9,8 +9,8 @@ from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme, integers
 
-BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
-MULTIPLES = {"gptq": (32, 32), "awq": (8, 1)}  # of rows and columns: what fills a word
+BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "gguf": (4, 8)}
+MULTIPLES = {"gptq": (32, 32), "awq": (8, 1), "gguf": (1, 32)}  # of rows and columns: what fills a word
 
 
 def carries(name: str, recipe: Recipe) -> Iterator[Problem]:
@@ -41,7 +41,13 @@ def _weight(name: str, where: str, scheme: Scheme) -> Iterator[Problem]:
         bits = ", ".join(map(str, BITS[name]))
         text = f"format={name} carries integers of {bits} bits, not {scheme}; use format=compressed_tensors or none"
         yield Problem(f"{where}.weight.grid", text)
-    if isinstance(scheme.granularity, PerTensor):
+    elif name == "gguf" and scheme.grid.bits == 8 and not scheme.symmetric:
+        yield Problem(f"{where}.weight.symmetric", "format=gguf has no zero points at 8 bits; use symmetric=true")
+    if name == "gguf":
+        if getattr(scheme.granularity, "group_size", 32) % 32:
+            text = f"format=gguf has a scale for every 32 in-features; groups of {scheme.granularity} are none of these"
+            yield Problem(f"{where}.weight.granularity", text)
+    elif isinstance(scheme.granularity, PerTensor):
         text = f"format={name} has scales per group or channel, not per tensor; use PerChannel"
         yield Problem(f"{where}.weight.granularity", text)
 

@@ -21,6 +21,7 @@ from qat.cli.rundir import RunDir
 from qat.data.calibration import calibration
 from qat.data.text import Tokens, prepare
 from qat.engine.loader import ARCHITECTURES, FORMATS
+from qat.formats import gguf
 from qat.formats.base import digest
 from qat.models import hf
 from qat.nn.kv import check_kv
@@ -140,6 +141,8 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     for row in plan.rows:
         if row.weight is not None and (name := config["format"]["name"]) != "none":
             FORMATS[name].check_scheme(row.name, row.weight, row.input, row.kind)
+    if config["format"]["name"] == "gguf":
+        gguf.check_model(model)
     if recipe.kv is not None:
         check_kv(model, recipe.kv)
     test, calib = config["evaluation"], config["calibration"]

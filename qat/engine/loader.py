@@ -13,7 +13,7 @@ from qat.engine.layers import Decoder
 from qat.engine.models.llama import llama
 from qat.engine.models.qwen3 import qwen3
 from qat.engine.weights import Weights
-from qat.formats import awq, compressed_tensors, gptq
+from qat.formats import awq, compressed_tensors, gguf, gptq
 from qat.formats.base import Checkpoint, load_plain, read_json
 from qat.nn.packed_linear import PackedLinear
 from qat.numerics.kv import check_head_dim, kind_of
@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, Callable[[PretrainedConfig, Weights], Decoder]] = {
     "Qwen2ForCausalLM": llama,
     "Qwen3ForCausalLM": qwen3,
 }
-FORMATS = {"compressed_tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+FORMATS = {"compressed_tensors": compressed_tensors, "gptq": gptq, "awq": awq, "gguf": gguf}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 GROWTH = 1.1  # weights in memory over the bytes of the file, at most

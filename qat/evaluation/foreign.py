@@ -8,18 +8,20 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert import AutoAWQConverter
 from compressed_tensors.modeling.kvcache import KV_CACHE_ATTR
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from gguf import dequantize
 from safetensors import safe_open
 from torch import Tensor
 
 from qat.evaluation.precision import compared_in, computing
 from qat.evaluation.reference import Sequence, difference
-from qat.formats import awq, compressed_tensors, gptq
+from qat.formats import awq, compressed_tensors, gguf, gptq
 from qat.formats.base import Checkpoint
-from qat.models.hf import load_quantized
+from qat.models.gguf_names import row_order, their_name
+from qat.models.hf import load_gguf, load_quantized
 from qat.nn.kv import quantize_kv
 from qat.numerics.scheme import Scheme
 
-DECODERS = ("compressed_tensors", "transformers_default", "autoawq_converter")  # checks that decode every weight
+DECODERS = ("compressed_tensors", "transformers_default", "autoawq_converter", "gguf", "transformers_gguf")
 Row = dict[str, Any]
 
 
@@ -34,6 +36,8 @@ def decoders(checkpoint: Checkpoint, sequences: list[Sequence]) -> tuple[dict[st
         return {}, ["foreign decode: no library here decodes GPTQ's layout (GPTQModel and vLLM do)"]
     if method == awq.METHOD:
         return {"autoawq_converter": converter(checkpoint)}, []
+    if method == gguf.METHOD:
+        return {"gguf": package(checkpoint), "transformers_gguf": transformers_gguf(checkpoint, sequences)}, []
     rows = {"compressed_tensors": library(checkpoint)}
     rows["transformers_default"] = transformers(checkpoint, None, [])
     symmetric = all(rule.weight is None or rule.weight.symmetric for rule in checkpoint.recipe.rules.values())
@@ -79,6 +83,45 @@ def converter(checkpoint: Checkpoint) -> Row:
     return _compared(checkpoint, "compressed_tensors AutoAWQConverter, BaseCompressor.decompress", decode)
 
 
+def package(checkpoint: Checkpoint) -> Row:
+    """Decodes every packed weight of a GGUF file with the `gguf` package, and compares it with ours, in fp32."""
+    stored = {tensor.name: tensor for tensor in gguf.tensors_of(checkpoint.path / gguf.FILE)}
+
+    def decode(name: str) -> Tensor:
+        tensor = stored[their_name(f"{name}.weight")]
+        decoded = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        order = row_order(name, checkpoint.config)
+        return decoded if order is None else decoded[order.argsort()]
+
+    return _compared(checkpoint, "gguf.quants.dequantize", decode)
+
+
+@torch.no_grad()
+def transformers_gguf(checkpoint: Checkpoint, sequences: list[Sequence]) -> Row:
+    """Loads a GGUF file with `AutoModelForCausalLM`, and compares every tensor and the reference's logits, in fp32.
+
+    Config and names come from the file's own metadata, not from ours.
+    """
+    model = load_gguf(checkpoint.path, gguf.FILE)
+    worst, where = _worst(model, checkpoint)
+    row: Row = {"load_path": f"AutoModelForCausalLM.from_pretrained(gguf_file={gguf.FILE!r})", "dtype": "float32"}
+    row |= {"max_abs_diff": worst, "worst": where}
+    return row | logits(model, sequences) if sequences else row
+
+
+def _worst(model: Any, checkpoint: Checkpoint) -> tuple[float, str | None]:
+    """The largest difference of a foreign model's tensors from our own decoding, in the model's dtypes, and where."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    worst: tuple[float, str | None] = (0.0, None)
+    for name, tensor in checkpoint.tensors.items():
+        weight = own.pop(f"{name}.weight", torch.empty(0))
+        worst = max(worst, (_difference(weight, tensor.dequantize(weight.dtype)), name), key=_first)
+    for name, value in checkpoint.plain.items():
+        found = own.pop(name, torch.empty(0))
+        worst = max(worst, (_difference(found, value.to(found.dtype)), name), key=_first)
+    return worst
+
+
 def _decompressed(parts: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
     compressor = BaseCompressor.get_value_from_registry(compressed_tensors.FORMAT)
     decoded: Tensor = compressor.decompress(parts, scheme)["weight"]
@@ -110,14 +153,7 @@ def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: l
     """
     symmetric = all(rule.weight is None or rule.weight.symmetric for rule in checkpoint.recipe.rules.values())
     model = load_quantized(checkpoint.path, dtype, dequantize=not symmetric)
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    worst, where = 0.0, None
-    for name, tensor in checkpoint.tensors.items():
-        weight = own.pop(f"{name}.weight")
-        worst, where = max((worst, where), (_difference(weight, tensor.dequantize(weight.dtype)), name), key=_first)
-    for name, value in checkpoint.plain.items():
-        found = own.pop(name)
-        worst, where = max((worst, where), (_difference(found, value.to(found.dtype)), name), key=_first)
+    worst, where = _worst(model, checkpoint)
     path = "AutoModelForCausalLM.from_pretrained" + (
         "" if symmetric else " with CompressedTensorsConfig(dequantize=True)"
     )

@@ -208,7 +208,8 @@ def _file_digests(checkpoint: Checkpoint) -> dict[str, str]:
     Config, generation config, tokenizer, templates. A link that leads to no file counts as an empty one.
     """
     path = checkpoint.path
-    elsewhere = {*checkpoint.files.values(), path / CERTIFICATE, path / reference.FILE}
+    tensors = {file for file in checkpoint.files.values() if file.suffix == ".safetensors"}  # GGUF's say more than that
+    elsewhere = {*tensors, path / CERTIFICATE, path / reference.FILE}
     files = (p for p in sorted(path.rglob("*")) if (p.is_file() or p.is_symlink()) and p not in elsewhere)
     content = ((p, p.read_bytes() if p.is_file() else b"") for p in files)
     return {p.relative_to(path).as_posix(): hashlib.sha256(data).hexdigest() for p, data in content}

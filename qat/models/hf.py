@@ -180,6 +180,16 @@ def skeleton(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
+def load_gguf(path: Path, file: str) -> PreTrainedModel:
+    """A GGUF file in a directory as plain transformers loads it, in fp32: the foreign view of an export."""
+    from qat.models.gguf import parsed_once
+
+    transformers.utils.logging.disable_progress_bar()
+    with parsed_once(), contextlib.redirect_stderr(io.StringIO()):  # it draws a bar that has no switch
+        model = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, dtype=torch.float32)
+    return model.eval()
+
+
 def load_quantized(path: Path, dtype: torch.dtype | None, dequantize: bool) -> PreTrainedModel:
     """A packed checkpoint as plain transformers loads it: the foreign view of an export.
 

@@ -28,7 +28,13 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("compressed_tensors", "gptq"), ("compressed_tensors", "awq"), ("gptq", "awq"), ("awq", "compressed_tensors")],
+    [
+        ("compressed_tensors", "gptq"),
+        ("compressed_tensors", "awq"),
+        ("gptq", "gguf"),
+        ("gguf", "awq"),
+        ("awq", "compressed_tensors"),
+    ],
 )
 def test_every_format_becomes_another_and_is_verified(sources, tmp_path, source, name):
     certificate = convert(sources / source, name, tmp_path / "out", "cpu")
@@ -108,7 +114,7 @@ def test_a_reference_that_was_changed_is_refused(sources, tmp_path):
     sequences = reference.load(path)
     sequences[0].logits[0, 0] += 1
     reference.save(path, sequences)
-    with pytest.raises(ValueError, match="not the reference that verify.json certifies"):
+    with pytest.raises(ValueError, match=r"not the reference that verify\.json certifies"):
         convert(path, "awq", tmp_path / "out", "cpu")
 
 

@@ -61,6 +61,8 @@ def test_a_true_export_is_verified(tmp_path, bits, symmetric):
         ("gptq", 3, False, set()),
         ("awq", 4, True, {"autoawq_converter"}),
         ("awq", 4, False, {"autoawq_converter"}),
+        ("gguf", 4, True, {"gguf", "transformers_gguf"}),
+        ("gguf", 8, True, {"gguf", "transformers_gguf"}),
     ],
 )
 def test_a_true_export_in_every_format_is_verified(tmp_path, format, bits, symmetric, foreign):
@@ -91,6 +93,35 @@ def test_one_flipped_bit_in_every_format_is_found_and_named(tmp_path, format, pa
     edit(tmp_path / "m", flip(f"{Q}.{part}", 1 << 6 if part == "scales" else 1))
     with pytest.raises(ValueError, match=rf"model\.safetensors: {Q}\.{named} is not what verify\.json certifies"):
         verify(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("offset", "named"), [(2, r"up_proj\.codes"), (0, r"up_proj\.scale"), (None, r"model\.norm\.weight")]
+)
+def test_one_flipped_bit_of_a_gguf_file_is_found_and_named(tmp_path, offset, named):
+    from gguf import GGUFReader
+
+    export(tmp_path / "m", format="gguf")
+    file = tmp_path / "m" / "model.gguf"
+    name = "blk.1.ffn_up.weight" if offset is not None else "output_norm.weight"
+    at = next(t.data_offset for t in GGUFReader(file).tensors if t.name == name)
+    content = bytearray(file.read_bytes())
+    content[at + {None: 2, 0: 0, 2: 2}[offset]] ^= 8 if offset == 0 else 1  # bits that bf16 holds
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.gguf: \S*{named} is not what verify\.json certifies"):
+        verify(tmp_path / "m")
+
+
+def test_what_a_gguf_file_says_beside_its_tensors_is_bound_too(tmp_path):
+    """llama.cpp knows no other config than this."""
+    export(tmp_path / "m", format="gguf")
+    file = tmp_path / "m" / "model.gguf"
+    content = file.read_bytes()
+    assert content.count(b"llama.context_length") == 1
+    file.write_bytes(content.replace(b"llama.context_length", b"llama.context_lengtX"))
+    certificate = verify(tmp_path / "m")
+    assert certificate["checks"]["files"]["changed"] == ["model.gguf"]
+    assert not certificate["verified"]
 
 
 def test_quantize_config_is_bound_too(tmp_path):
