@@ -57,8 +57,8 @@ def convert(source: Path, name: str, path: Path, device: str) -> dict[str, Any]:
     ):
         raise ValueError(f"{source}: tensor {lost[0]} is missing")
     for module, tensor in tensors.items():
-        kind = type(model.get_submodule(module)).__name__
-        FORMATS[name].check_scheme(module, tensor.scheme, None, kind)
+        hit, kind = checkpoint.recipe.rule_for(module), type(model.get_submodule(module)).__name__
+        FORMATS[name].check_scheme(module, tensor.scheme, hit and hit[1].input, kind)
     recipe, expected = FORMATS[name].expressed(checkpoint.recipe, tensors)
     FORMATS[name].save(path, model, recipe, expected, plain, tokenizer, dtype)
     check_tokenizer(path, tokenizer)

@@ -175,16 +175,16 @@ def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme, dtype:
     if qweight.dim() != 2 or scales.dim() != 2:
         raise ValueError(f"{name}.qweight: {tuple(qweight.shape)} with scales {tuple(scales.shape)}; expected matrices")
     rows, columns = scales.shape[1], qweight.shape[0]
-    groups = scheme.granularity.scale_shape((rows, columns))[1]
+    try:
+        groups = scheme.granularity.scale_shape((rows, columns))[1]
+        scale = from_half(scales.T.contiguous(), dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     wanted = {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}
     for part, shape in wanted.items():
         if tuple(parts[part].shape) != shape or (part != "scales" and parts[part].dtype != torch.int32):
             found = f"{parts[part].dtype} {tuple(parts[part].shape)}"
             raise ValueError(f"{name}.{part}: {found}; {BITS}-bit [{rows}, {columns}] needs {shape}")
-    try:
-        scale = from_half(scales.T.contiguous(), dtype)
-    except ValueError as error:
-        raise ValueError(f"{name}.scales: {error}") from None
     return QuantizedTensor(_unpacked(qweight, rows), scale, _unpacked(qzeros, rows), scheme, (rows, columns))
 
 
@@ -227,8 +227,8 @@ def scheme_of(file: Path, said: Mapping[str, Any]) -> Scheme:
         if found[key] != value:
             raise ValueError(f"{file}: {key} {found[key]!r}; this reader serves {value!r}")
     size = said.get("group_size")
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise ValueError(f"{file}: group_size {size!r}; expected an integer")
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+        raise ValueError(f"{file}: group_size {size!r}; expected a positive integer, or -1")
     return Scheme(IntGrid(BITS), PerChannel() if size == -1 else PerGroup(size), symmetric=False)
 
 

@@ -219,7 +219,8 @@ def scale_dtype_of(file: Path, said: Mapping[str, Any], stored: str) -> str:
     Raises:
         ValueError: It is none that they can have.
     """
-    dtype = (said.get("meta") or {}).get("scale_dtype", stored)
+    meta = said.get("meta") or {}
+    dtype = meta.get("scale_dtype", stored) if isinstance(meta, dict) else meta
     if dtype not in ("float16", "bfloat16", "float32"):
         raise ValueError(f"{file}: scales in {dtype!r}; expected float16, bfloat16 or float32")
     return str(dtype)

@@ -13,9 +13,9 @@ fp16 has, so few asymmetric checkpoints pass.
 
 Other tensors are F32 (norms, biases: llama.cpp wants them so) or in the storage dtype; all exact.
 
-The directory holds the Hugging Face config and tokenizer as well, and `config.json` names the file: this reader takes
-names, the storage dtype and the tokenizer from there. transformers loads `gguf_file="model.gguf"`. The file has no
-tokenizer of its own, without which llama.cpp does not generate text.
+The directory holds the Hugging Face config and tokenizer as well; this reader takes the storage dtype from there.
+transformers loads `gguf_file="model.gguf"`. The file itself has the tokenizer too, if llama.cpp knows its way to split
+text (`models/gguf_tokenizer.py`); without one llama.cpp refuses the file.
 """
 
 from collections.abc import Mapping
@@ -46,6 +46,7 @@ from qat.formats.base import (
 )
 from qat.models.gguf import Reader
 from qat.models.gguf_names import ARCHITECTURES, architecture, metadata, our_name, row_order, their_name
+from qat.models.gguf_tokenizer import add_tokenizer
 from qat.numerics.granularity import PerGroup
 from qat.numerics.grid import IntGrid
 from qat.numerics.qtensor import QuantizedTensor, as_integers, regrouped
@@ -126,6 +127,8 @@ def save(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in fields.items():
             writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
+        if tokenizer is not None:
+            add_tokenizer(writer, tokenizer, config["vocab_size"])
         for name, tensor in found.items():
             kind = types.get(name) or STORED[tensor.dtype]
             raw = tensor.view(torch.uint8) if kind == Type.BF16 else tensor

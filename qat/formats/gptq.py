@@ -182,7 +182,11 @@ def unpack_tensor(
     if scales.dim() != 2 or g_idx.dim() != 1 or g_idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name}.scales: {tuple(scales.shape)} with g_idx {g_idx.dtype} {tuple(g_idx.shape)}")
     bits, rows, columns = scheme.grid.bits, scales.shape[1], len(g_idx)
-    groups = scheme.granularity.scale_shape((rows, columns))[1]
+    try:
+        groups = scheme.granularity.scale_shape((rows, columns))[1]
+        scale = from_half(scales.T.contiguous(), dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     wanted = {
         "qweight": (num_words(columns, bits), rows),
         "qzeros": (groups, num_words(rows, bits)),
@@ -198,10 +202,6 @@ def unpack_tensor(
             f"{name}.g_idx: in-features are not in the order of their groups (desc_act without static groups), which "
             f"is not served"
         )
-    try:
-        scale = from_half(scales.T.contiguous(), dtype)
-    except ValueError as error:
-        raise ValueError(f"{name}.scales: {error}") from None
     zero_point = zeros_of(name, unpack(qzeros, bits, rows), scheme, version)
     codes = (unpack(qweight.T.contiguous(), bits, columns).to(torch.int16) - offset(bits)).to(torch.int8)
     return QuantizedTensor(codes, scale, zero_point, scheme, (rows, columns))
@@ -265,8 +265,8 @@ def scheme_of(where: str, said: Mapping[str, Any]) -> Scheme:
     bits, size, symmetric = (said.get(key) for key in ("bits", "group_size", "sym"))
     if bits not in BITS or isinstance(bits, bool):
         raise ValueError(f"{where}: bits {bits!r}; expected {', '.join(map(str, BITS))}")
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise ValueError(f"{where}: group_size {size!r}; expected an integer")
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+        raise ValueError(f"{where}: group_size {size!r}; expected a positive integer, or -1")
     if not isinstance(symmetric, bool):
         raise ValueError(f"{where}: sym {symmetric!r}; expected true or false")
     return Scheme(IntGrid(bits), PerChannel() if size == -1 else PerGroup(size), symmetric)
@@ -322,8 +322,13 @@ def module_schemes(file: Path, said: Mapping[str, Any], modules: list[str]) -> d
         ValueError: An entry leaves out a module that is packed, or says something that this reader does not know.
     """
     result, dynamic = {}, said.get("dynamic") or {}
+    try:
+        patterns = {key: re.compile(key.removeprefix("-:").removeprefix("+:")) for key in dynamic}
+        dynamic = {key: dict(value) for key, value in dynamic.items()}
+    except (re.error, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: dynamic maps regular expressions to settings; this does not ({error})") from None
     for name in modules:
-        hit = next((key for key in dynamic if re.match(key.removeprefix("-:").removeprefix("+:"), name)), None)
+        hit = next((key for key in dynamic if patterns[key].match(name)), None)
         if hit is not None and hit.startswith("-:"):
             raise ValueError(f"{file}: dynamic {hit!r} leaves out {name}, which is packed")
         own = said if hit is None else {**said, **dynamic[hit]}

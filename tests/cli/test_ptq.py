@@ -1,6 +1,9 @@
 import json
 
 import pytest
+from tiny_run import arguments
+
+from qat.cli.main import main
 
 pytestmark = pytest.mark.whole
 
@@ -46,15 +49,14 @@ def test_another_format_is_written_read_back_and_verified(finish, name):
     assert certificate["verified"]
     arm = summary(run)["arms"]["rtn"]
     assert arm["bits_per_quantized_weight"] == (4.625 if name == "awq" else 4.5)  # AWQ has zeros, always
+    assert main(["eval", f"runs={run.runs}", "device=cpu"]) == 0
+    row = json.loads((run.path / "evaluations.jsonl").read_text())
+    assert row["ppl"] == pytest.approx(arm["ppl"], rel=1e-6)
     weights = run.path / "export" / name / ("model.safetensors" if name == "awq" else "model.gguf")
     assert abs(arm["bytes"] - weights.stat().st_size) < (1 if name == "awq" else 4096)  # another header
 
 
 def test_what_a_format_cannot_say_is_refused_before_anything_is_loaded(root, capsys):
-    from tiny_run import arguments
-
-    from qat.cli.main import main
-
     more = ("format=awq", "recipe.rules.linears.weight.grid.bits=3")
     assert main(arguments(root, "ptq", "method=rtn", *more)) == 2
     assert "recipe.rules.linears.weight.grid: format=awq carries integers of 4 bits" in capsys.readouterr().err

@@ -185,13 +185,16 @@ DAMAGE = [
     (put(f"{Q}.qweight", lambda t: t.flatten()), rf"{Q}\.qweight: \(512,\) .* expected matrices"),
     (put(f"{Q}.qzeros", lambda t: t.long()), rf"{Q}\.qzeros: torch\.int64"),
     (put(f"{Q}.scales", lambda t: t[:1].contiguous()), rf"{Q}\.scales: .* needs \(2, 64\)"),
-    (put(f"{Q}.scales", lambda t: t * 0), rf"{Q}\.scales: a scale is zero"),
-    (put(f"{Q}.scales", lambda t: t * torch.nan), rf"{Q}\.scales: a scale is zero, negative or not finite"),
+    (put(f"{Q}.scales", lambda t: t * 0), rf"{Q}: a scale is zero"),
+    (put(f"{Q}.scales", lambda t: t * torch.nan), rf"{Q}: a scale is zero, negative or not finite"),
     (say(quant_method="gptq"), "quantized by 'gptq'; this reader serves awq"),
     (say(version="gemv"), "version 'gemv'; this reader serves 'gemm'"),
     (say(bits=8), "bits 8; this reader serves 4"),
     (say(zero_point=False), "zero_point False; this reader serves True"),
-    (say(group_size=None), "group_size None; expected an integer"),
+    (say(group_size=None), "group_size None; expected a positive integer"),
+    (say(group_size=0), "group_size 0; expected a positive integer"),
+    (say(group_size=48), r"model\.safetensors: model\.\S+: group_size=48 does not divide"),
+    (say(meta=3), "scales in 3"),
 ]
 
 
