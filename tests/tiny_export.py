@@ -6,10 +6,10 @@ import torch
 from tiny import byte_tokenizer, recipe, tiny
 from transformers import PreTrainedModel
 
+from qat.engine.loader import FORMATS
 from qat.evaluation.precision import compared_in
 from qat.evaluation.reference import decode
 from qat.evaluation.verify import issue
-from qat.formats import compressed_tensors
 from qat.formats.base import unquantized_state
 from qat.nn.observers.minmax import MinMax
 from qat.numerics.recipe import Recipe
@@ -40,12 +40,14 @@ def export(
     kv: str | None = None,
     rules: Recipe | None = None,
     layers: int = 2,
+    format: str = "compressed_tensors",
 ) -> None:
     model, rules = tiny(layers), rules or recipe(bits, symmetric=symmetric, kv=kv)
     changes = quantized(rules, model)
-    compressed_tensors.save(path, model, rules, changes.tensors, changes.folded, byte_tokenizer())
+    own, tensors = FORMATS[format].expressed(rules, changes.tensors)
+    FORMATS[format].save(path, model, own, tensors, changes.folded, byte_tokenizer())
     if certified:
         graph = apply(model, changes.tensors, changes.folded, recipe=rules)
         sequences = [decode(graph, torch.tensor(prompt), new_tokens, compared_in(rules)) for prompt in PROMPTS]
-        plain = unquantized_state(model, changes.tensors, changes.folded, torch.bfloat16)
-        issue(path, changes.tensors, plain, sequences, {"captured": "not applicable: post-training method"})
+        plain = unquantized_state(model, tensors, changes.folded, torch.bfloat16)
+        issue(path, tensors, plain, sequences, {"captured": "not applicable: post-training method"})

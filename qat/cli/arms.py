@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from transformers import PreTrainedModel
 from qat.cli.exporting import export, references
 from qat.cli.meter import Meter
 from qat.cli.workbench import Workbench
+from qat.engine.loader import FORMATS, open_checkpoint
 from qat.evaluation.divergence import Scores, evaluate, mean, standard_error
 from qat.evaluation.reference import Sequence
-from qat.formats import compressed_tensors
 from qat.formats.base import file_bytes, unquantized_state
 from qat.nn.adapter import LoRA, QLoRA
 from qat.nn.fake_quantize import kept
@@ -107,7 +108,7 @@ def qat_arm(bench: Workbench, fp: Arm, loggers: list[Any]) -> tuple[Arm, dict[st
     spent = meter.read()
     outcome = export(bench, "qat", tensors, folded, sequences, captured)
     if outcome["path"]:
-        checkpoint = compressed_tensors.load(outcome["path"])
+        checkpoint = open_checkpoint(Path(outcome["path"]))
         tensors, folded = dict(checkpoint.tensors), dict(checkpoint.plain)
     return _arm(bench, tensors, folded, fp, spent, []), outcome, cost
 
@@ -212,12 +213,12 @@ def _arm(
     recipe = bench.recipe if tensors else None  # merged adapters that nothing quantizes
     graph: PreTrainedModel = apply(bench.judged, dict(tensors), dict(folded), recipe=recipe)
     scores = evaluate(graph, bench.windows, bench.judged, bench.config["evaluation"]["batch_size"])
-    if bench.config["format"]["name"] == "none":
+    if (name := bench.config["format"]["name"]) == "none":
         bits = sum(t.bits for t in tensors.values())
         size = file_bytes(unquantized_state(bench.model, tensors, folded, bench.dtype)) + bits // 8
     else:
-        expressed, tensors = compressed_tensors.expressed(bench.recipe, tensors)
-        size = file_bytes(compressed_tensors.state(bench.model, expressed, tensors, folded, bench.dtype))
+        expressed, tensors = FORMATS[name].expressed(bench.recipe, tensors)
+        size = file_bytes(FORMATS[name].state(bench.model, expressed, tensors, folded, bench.dtype))
         bits = sum(t.bits for t in tensors.values())
     count = sum(t.codes.numel() for t in tensors.values())
     total = sum(p.numel() for p in bench.model.parameters())

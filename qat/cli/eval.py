@@ -13,8 +13,8 @@ from qat.cli.devices import by_device
 from qat.cli.rundir import export_of, find
 from qat.cli.workbench import cast, pick_device, quiet
 from qat.data.text import prepare
+from qat.engine.loader import open_checkpoint
 from qat.evaluation.divergence import evaluate, mean, standard_error
-from qat.formats import compressed_tensors
 from qat.formats.base import unquantized_state
 from qat.models import hf
 from qat.numerics.scheme import is_input_scale
@@ -34,7 +34,7 @@ def main(config: dict[str, Any]) -> int:
         torch.set_num_threads(config["threads"])
     settings = by_device(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")), device.type)
     sizes = settings["evaluation"] | {key: value for key, value in config["evaluation"].items() if value is not None}
-    checkpoint = compressed_tensors.load(path)
+    checkpoint = open_checkpoint(path)
     named = settings["model"]
     storage = getattr(torch, settings["export"]["dtype"])
     model, tokenizer = hf.load(named["name"], named["path"], named["revision"], storage)

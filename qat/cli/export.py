@@ -1,4 +1,7 @@
-"""qat export: an arm of a run as a checkpoint with a certificate, from what the run kept; nothing is searched again."""
+"""qat export: an arm of a run as a checkpoint with a certificate, or a checkpoint in another format.
+
+Both come from what is there: nothing is searched again, and no scale or code is evaluated again.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,15 +9,28 @@ from typing import Any
 import yaml
 
 from qat.cli.arms import quantize, static_inputs, train
-from qat.cli.exporting import export, references
+from qat.cli.converting import convert
+from qat.cli.exporting import export, outcome, references
 from qat.cli.rundir import RunDir, find, is_finished
-from qat.cli.workbench import open_workbench
+from qat.cli.workbench import open_workbench, pick_device, quiet
 from qat.report.tables import export_lines
 from qat.surgery.convert import apply
 
 
 def main(config: dict[str, Any]) -> int:
     """Exit 0 only if the export is verified."""
+    return _converted(config) if config["from"] else _exported(config)
+
+
+def _converted(config: dict[str, Any]) -> int:
+    quiet()
+    source, name = Path(config["from"]).expanduser(), config["format"]["name"]
+    out = Path(config["out"]).expanduser() if config["out"] else source.parent / name
+    certificate = convert(source, name, out, str(pick_device("auto")))
+    return _told(out, outcome(str(out), certificate), certificate["unchecked"])
+
+
+def _exported(config: dict[str, Any]) -> int:
     path = find(config["runs"], config["run"], lambda path: is_finished(path, "run", "train", "ptq"))
     settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) | {"format": config["format"]}
     methods = dict(settings.get("arms") or {})
@@ -37,9 +53,12 @@ def main(config: dict[str, Any]) -> int:
         sequences = references(bench, bench.moved(apply(bench.model, tensors, folded, recipe=bench.recipe)))
         captured = "not applicable: a post-training method has no training graph"
     out = Path(config["out"]).expanduser() if config["out"] else path / "export" / f"{arm}-{config['format']['name']}"
-    outcome = export(bench, arm, tensors, folded, sequences, captured, out)
+    return _told(out, export(bench, arm, tensors, folded, sequences, captured, out), [])
+
+
+def _told(out: Path, outcome: dict[str, Any], unchecked: list[str]) -> int:
     print(out)
-    for line in export_lines(outcome):
+    for line in [*export_lines(outcome), *unchecked]:
         print(line)
     print(f"Next:\n  qat chat {out}\n  qat serve {out}")
     return 0 if outcome["verified"] else 1

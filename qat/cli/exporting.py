@@ -10,15 +10,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from qat.cli.rundir import versions
 from qat.cli.workbench import Workbench
 from qat.data.text import tokenizer_digest
-from qat.evaluation import reference
+from qat.engine.loader import FORMATS
+from qat.evaluation import foreign, reference
 from qat.evaluation.precision import compared_in
 from qat.evaluation.reference import Sequence
 from qat.evaluation.verify import issue, verify
-from qat.formats import compressed_tensors
 from qat.formats.base import unquantized_state
 from qat.numerics.qtensor import QuantizedTensor
-
-FORMATS = {"compressed_tensors": compressed_tensors}
 
 
 def references(bench: Workbench, graph: PreTrainedModel) -> list[Sequence]:
@@ -84,13 +82,13 @@ def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def outcome(path: str, certificate: dict[str, Any]) -> dict[str, Any]:
     """A certificate in the words of `summary.json`."""
     checks = certificate["checks"]
-    weights = [c for name, c in checks.items() if name in ("compressed_tensors", "transformers_default")]
+    weights = [check["passed"] for name, check in checks.items() if name in foreign.DECODERS]
     engine = checks.get("engine", {})
     return {
         "path": path,
         "verified": certificate["verified"],
         "codes_equal": checks.get("tensors", {}).get("passed"),
-        "weights_equal": all(check["passed"] for check in weights),
+        "weights_equal": all(weights) if weights else None,
         "max_abs_logit_diff": engine.get("max_abs_logit_diff"),
         "greedy_equal": engine.get("greedy_equal") == engine.get("prompts") if engine else None,
         "fast_path": checks.get("fast_path"),

@@ -116,6 +116,8 @@ FIELDS: dict[str, Check] = {
     "run": text(),
     "resume": text(),
     "path": text(null=True),
+    "from": text(null=True),
+    "out": text(null=True),
     "arm": text(null=True),
     "split": one_of("test", "validation"),
     "budget": POSITIVE,

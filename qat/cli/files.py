@@ -9,6 +9,7 @@ from typing import Any
 
 from qat.cli.fields import POSITIVE, at, whole
 from qat.cli.fields import widths as check_widths
+from qat.cli.format_rules import fits
 from qat.cli.model_file import ModelFacts, read_model
 from qat.cli.problem import Problem
 from qat.numerics.allocate import budget_bits
@@ -36,6 +37,7 @@ def check_files(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
             yield from embeddings(config, recipe, facts)
             yield from base_groups(config, recipe, facts)
             yield from budget(config, recipe, facts)
+            yield from fits(str(at(config, "format.name")), recipe, facts)
 
 
 def model(config: dict[str, Any]) -> ModelFacts | None:
@@ -100,8 +102,8 @@ def embeddings(config: dict[str, Any], recipe: Recipe, facts: ModelFacts) -> Ite
             continue
         if hit[1].input is not None:
             yield Problem(f"recipe.rules.{hit[0]}.input", f"{name} is an embedding: its input is token ids; use null")
-        if at(config, "format.name") == "compressed_tensors":
-            text = f"{name} is an embedding, which format=compressed_tensors cannot carry; use format=none"
+        if (written := at(config, "format.name")) not in (None, "none"):
+            text = f"{name} is an embedding, which format={written} cannot carry; use format=none"
             yield Problem(f"recipe.rules.{hit[0]}.match", f"{text}, or add a later rule for it with weight=null")
 
 
@@ -156,14 +158,15 @@ def data(config: dict[str, Any]) -> Iterator[Problem]:
 
 
 def checkpoint(config: dict[str, Any]) -> Iterator[Problem]:
-    """The checkpoint directory that `eval`, `verify`, `serve` and `chat` can be given."""
-    path = config.get("path")
-    if not isinstance(path, str):
-        return
-    if not Path(path).is_dir():
-        yield Problem("path", f"{path} is no directory; give a checkpoint's, such as runs/latest/export/<format>")
-    elif not (Path(path) / "config.json").is_file():
-        yield Problem("path", f"{path} is no checkpoint: it holds no config.json")
+    """The checkpoint directory that `eval`, `verify`, `serve`, `chat` and `export` can be given."""
+    for key in ("path", "from"):
+        path = config.get(key)
+        if not isinstance(path, str):
+            continue
+        if not Path(path).is_dir():
+            yield Problem(key, f"{path} is no directory; give a checkpoint's, such as runs/latest/export/<format>")
+        elif not (Path(path) / "config.json").is_file():
+            yield Problem(key, f"{path} is no checkpoint: it holds no config.json")
 
 
 def run_directory(config: dict[str, Any]) -> Iterator[Problem]:
@@ -171,7 +174,8 @@ def run_directory(config: dict[str, Any]) -> Iterator[Problem]:
     runs = Path(str(config.get("runs")))
     for key, words in {"run": ("latest",), "measured": ("latest",), "resume": ("auto", "never")}.items():
         value = config.get(key)
-        if not isinstance(value, str) or value in words or (key == "run" and config.get("path") is not None):
+        unused = key == "run" and (config.get("path") or config.get("from")) is not None
+        if not isinstance(value, str) or value in words or unused:
             continue
         if not Path(value).is_dir() and not (runs / value).is_dir():
             yield Problem(key, f"{value} is no run directory; say {', '.join(words)} or the directory of a run")

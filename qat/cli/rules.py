@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qat.cli.fields import at, is_number
+from qat.cli.format_rules import carries
 from qat.cli.problem import Problem
 from qat.formats.ct_args import refused
 from qat.numerics.allocate import at_width
@@ -28,6 +29,7 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     yield from adapter(config)
     yield from data(config)
     yield from generate(config)
+    yield from export(config)
     if isinstance(recipe := built.get("recipe"), Recipe):
         yield from recipe_quantizes(recipe)
         yield from weights(recipe)
@@ -37,6 +39,7 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
         yield from estimators(config, recipe)
         if at(config, "format.name") == "compressed_tensors":
             yield from compressed_tensors(recipe)
+        yield from carries(str(at(config, "format.name")), recipe)
 
 
 def schedule(config: dict[str, Any]) -> Iterator[Problem]:
@@ -161,6 +164,16 @@ def generate(config: dict[str, Any]) -> Iterator[Problem]:
     shares = [at(config, f"splits.{split}") for split in ("validation", "test")]
     if all(map(is_number, shares)) and sum(shares) >= 1:
         yield Problem("splits", f"validation and test take {sum(shares)} of the sequences; leave some for training")
+
+
+def export(config: dict[str, Any]) -> Iterator[Problem]:
+    """A checkpoint that is converted has one arm, and ends in a file."""
+    if config.get("from") is None:
+        return
+    if config.get("arm") is not None:
+        yield Problem("arm", "from=DIR converts a checkpoint, which is one arm of a run already; leave arm out")
+    if at(config, "format.name") == "none":
+        yield Problem("format.name", "from=DIR is written in a format; name one")
 
 
 def recipe_quantizes(recipe: Recipe) -> Iterator[Problem]:

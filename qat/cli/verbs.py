@@ -71,9 +71,13 @@ VERBS = {
         ),
         Verb(
             "export",
-            "an arm of a run, in another format",
-            "Writes an arm of a finished run in a format, with a certificate of its own.",
-            ("qat export", "qat export run=runs/latest arm=gptq format=compressed_tensors"),
+            "an arm of a run, or a checkpoint, in another format",
+            "Writes an arm of a finished run in a format, with a certificate of its own; or converts a checkpoint,\n"
+            "where every code, scale and zero point survives bit for bit.",
+            (
+                "qat export run=runs/latest arm=gptq",
+                "qat export from=runs/latest/export/compressed_tensors format=gptq",
+            ),
             "export",
         ),
         Verb(

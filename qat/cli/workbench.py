@@ -20,8 +20,8 @@ from qat.cli.devices import by_device
 from qat.cli.rundir import RunDir
 from qat.data.calibration import calibration
 from qat.data.text import Tokens, prepare
-from qat.engine.loader import ARCHITECTURES
-from qat.formats import compressed_tensors
+from qat.engine.loader import ARCHITECTURES, FORMATS
+from qat.formats import gguf
 from qat.formats.base import digest
 from qat.models import hf
 from qat.nn.kv import check_kv
@@ -139,8 +139,10 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     model, tokenizer = hf.load(named["name"], named["path"], named["revision"], dtype)
     plan = match(model, recipe)
     for row in plan.rows:
-        if row.weight is not None and config["format"]["name"] != "none":
-            compressed_tensors.check_scheme(row.name, row.weight, row.input, row.kind)
+        if row.weight is not None and (name := config["format"]["name"]) != "none":
+            FORMATS[name].check_scheme(row.name, row.weight, row.input, row.kind)
+    if config["format"]["name"] == "gguf":
+        gguf.check_model(model)
     if recipe.kv is not None:
         check_kv(model, recipe.kv)
     test, calib = config["evaluation"], config["calibration"]

@@ -13,7 +13,7 @@ from qat.engine.layers import Decoder
 from qat.engine.models.llama import llama
 from qat.engine.models.qwen3 import qwen3
 from qat.engine.weights import Weights
-from qat.formats import compressed_tensors
+from qat.formats import awq, compressed_tensors, gguf, gptq
 from qat.formats.base import Checkpoint, load_plain, read_json
 from qat.nn.packed_linear import PackedLinear
 from qat.numerics.kv import check_head_dim, kind_of
@@ -25,6 +25,7 @@ ARCHITECTURES: dict[str, Callable[[PretrainedConfig, Weights], Decoder]] = {
     "Qwen2ForCausalLM": llama,
     "Qwen3ForCausalLM": qwen3,
 }
+FORMATS = {"compressed_tensors": compressed_tensors, "gptq": gptq, "awq": awq, "gguf": gguf}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 GROWTH = 1.1  # weights in memory over the bytes of the file, at most
@@ -52,7 +53,7 @@ class Loaded:
 
 
 def load(path: Path | str, config: EngineConfig) -> Loaded:
-    """Opens a checkpoint directory, plain or compressed-tensors, and builds its model.
+    """Opens a checkpoint directory, plain or in one of our formats, and builds its model.
 
     Raises:
         ValueError: The checkpoint is incomplete, damaged or foreign, or asks for something that is not served; the
@@ -78,13 +79,14 @@ def load(path: Path | str, config: EngineConfig) -> Loaded:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a directory by the format that its config.json names."""
     method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
-    if method == compressed_tensors.METHOD:
-        return compressed_tensors.load(path)
     if method is None:
         return load_plain(path)
-    raise ValueError(
-        f"{path}: quantized by {method!r}; the engine serves {compressed_tensors.METHOD} and plain checkpoints"
-    )
+    methods = {module.METHOD: module for module in FORMATS.values()}
+    if method not in methods:
+        raise ValueError(
+            f"{path}: quantized by {method!r}; the engine serves {', '.join(methods)} and plain checkpoints"
+        )
+    return methods[method].load(path)
 
 
 def describe(checkpoint: Checkpoint) -> PretrainedConfig:

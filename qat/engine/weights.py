@@ -5,14 +5,13 @@ dtype for plain ones. Vectors (norms, biases) are widened: exact, and too small 
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from qat.engine.layers import Concatenated, Embedding, Linear, RMSNorm
-from qat.formats.base import Checkpoint, tensor_files
+from qat.formats.base import Checkpoint
 from qat.nn.packed_embedding import PackedEmbedding
 from qat.nn.packed_linear import PackedLinear
 from qat.nn.quantized_input import QuantizedInput
@@ -45,9 +44,8 @@ class Weights:
     ):
         self.device, self.dtype = device, dtype
         self._checkpoint, self._config, self._reference = checkpoint, config, reference
-        self._files = tensor_files(checkpoint.path)
         self._left = {*checkpoint.plain, *checkpoint.tensors}
-        self.file_bytes = sum(file.stat().st_size for file in set(self._files.values()))
+        self.file_bytes = sum(file.stat().st_size for file in set(checkpoint.files.values()))
         self._spare = int(SPARE * self.file_bytes)
 
     def linear(self, prefix: str, parts: Mapping[str, int], columns: int, bias: bool = False) -> nn.Module:
@@ -110,7 +108,8 @@ class Weights:
             self._plain("lm_head.weight", tuple(embedding.weight.shape)), embedding.weight
         ):
             raise ValueError(
-                f"{self._files['lm_head.weight']}: lm_head.weight is not the embedding that config.json ties it to"
+                f"{self._checkpoint.file('lm_head.weight')}: lm_head.weight is not the embedding that config.json ties "
+                f"it to"
             )
         head = Linear(torch.empty(0))
         head.weight = embedding.weight
@@ -122,7 +121,7 @@ class Weights:
         strays = sorted(name for name in self._left if not name.endswith(".rotary_emb.inv_freq"))
         if strays:
             name = strays[0]
-            file = self._files.get(name) or self._file(name)
+            file = self._checkpoint.file(name)
             raise ValueError(f"{file}: tensor {name} has no place in the {self._config.model_type} of config.json")
 
     def _specialize(self, layer: PackedLinear | PackedEmbedding, linear: PackedLinear) -> None:
@@ -145,32 +144,28 @@ class Weights:
         parts = {part: self._checkpoint.plain[name].to(self.device) for part, name in names.items()}
         return QuantizedInput(scheme, **parts)
 
-    def _file(self, module: str) -> Path:
-        """The file that holds the codes of a quantized module."""
-        return next(file for name, file in self._files.items() if name.startswith(f"{module}.weight"))
-
     def _quantized(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
         tensor = self._checkpoint.tensors[name]
         self._left.discard(name)
         if tuple(tensor.shape) != shape:
-            file = self._file(name)
+            file = self._checkpoint.file(name)
             raise ValueError(f"{file}: tensor {name} is {tuple(tensor.shape)}; config.json asks for {shape}")
         return tensor.to(self.device)
 
     def _plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if (module := name.removesuffix(".weight")) in self._checkpoint.tensors:
-            raise ValueError(f"{self._file(module)}: {module} is quantized; it is served plain only")
+            raise ValueError(f"{self._checkpoint.file(module)}: {module} is quantized; it is served plain only")
         if name not in self._checkpoint.plain:
             raise ValueError(f"{self._checkpoint.path}: tensor {name} is missing; config.json asks for it")
         tensor = self._checkpoint.plain[name]
         self._left.discard(name)
         if tuple(tensor.shape) != shape or tensor.dtype not in STORAGE:
             raise ValueError(
-                f"{self._files[name]}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}; config.json asks for "
-                f"{shape}, in float32, bfloat16 or float16"
+                f"{self._checkpoint.file(name)}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}; config.json "
+                f"asks for {shape}, in float32, bfloat16 or float16"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{self._files[name]}: tensor {name} holds inf or NaN")
+            raise ValueError(f"{self._checkpoint.file(name)}: tensor {name} holds inf or NaN")
         return tensor.to(self.device)
 
 

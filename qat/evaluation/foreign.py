@@ -1,44 +1,155 @@
 """What other people's loaders make of an export: every weight, bit for bit, and the logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.entrypoints.convert import AutoAWQConverter
 from compressed_tensors.modeling.kvcache import KV_CACHE_ATTR
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from gguf import dequantize
+from safetensors import safe_open
 from torch import Tensor
 
 from qat.evaluation.precision import compared_in, computing
 from qat.evaluation.reference import Sequence, difference
+from qat.formats import awq, gguf, gptq
 from qat.formats.base import Checkpoint
 from qat.formats.ct_args import PACKED, sub_format
 from qat.formats.ct_parts import pack_tensor
-from qat.models.hf import load_quantized
+from qat.models.gguf_names import row_order, their_name
+from qat.models.hf import load_gguf, load_quantized
 from qat.nn.kv import quantize_kv
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import E4M3, E8M0, Scheme, is_input_scale
 from qat.surgery.convert import quantize_inputs
 
+DECODERS = ("compressed_tensors", "transformers_default", "autoawq_converter", "gguf", "transformers_gguf")
+Row = dict[str, Any]
 
-def library(checkpoint: Checkpoint) -> dict[str, Any]:
+
+def decoders(checkpoint: Checkpoint, sequences: list[Sequence]) -> tuple[dict[str, Row], list[str]]:
+    """What every installed loader of the checkpoint's format makes of it, and what none here can say.
+
+    Returns:
+        Load path, dtype and largest difference of each; and sentences, where no loader is installed.
+    """
+    method = checkpoint.config["quantization_config"]["quant_method"]
+    if method == gptq.METHOD:
+        return {}, ["foreign decode: no library here decodes GPTQ's layout (GPTQModel and vLLM do)"]
+    if method == awq.METHOD:
+        return {"autoawq_converter": converter(checkpoint)}, []
+    if method == gguf.METHOD:
+        return {"gguf": package(checkpoint), "transformers_gguf": transformers_gguf(checkpoint, sequences)}, []
+    rows, unchecked = {"compressed_tensors": library(checkpoint)}, []
+    if loads(checkpoint.recipe):
+        rows["transformers_default"] = transformers(checkpoint, None, [])
+    else:
+        unchecked.append("transformers: it loads no packed zero points beside weights of another scheme")
+    if decodes_in_fp32(checkpoint.recipe):
+        rows["transformers_fp32"] = transformers(checkpoint, torch.float32, sequences)
+    return rows, unchecked
+
+
+def library(checkpoint: Checkpoint) -> Row:
     """Decodes every quantized weight with the compressed-tensors library, and compares it with our own decoding.
 
     Both in the dtype that the library decodes to. The file's own config groups say how, so this checks them as well.
     """
     quantization = checkpoint.config["quantization_config"]
     groups = quantization["config_groups"].values()
-    worst, where, dtypes = 0.0, None, set()
-    for name, tensor in checkpoint.tensors.items():
+
+    def decode(name: str) -> Tensor:
         group = next(g for g in groups if name in g["targets"] or "Linear" in g["targets"])
         named = group.get("format") or quantization["format"]
-        compressor = BaseCompressor.get_value_from_registry(named)
-        parts = pack_tensor(tensor, named == PACKED)
-        decoded = compressor.decompress(parts, QuantizationScheme(**group))["weight"]
+        parts = pack_tensor(checkpoint.tensors[name], named == PACKED)
+        return _decompressed(parts, QuantizationScheme(**group), named)
+
+    return _compared(checkpoint, "compressed_tensors BaseCompressor.decompress", decode)
+
+
+def converter(checkpoint: Checkpoint) -> Row:
+    """Decodes every packed weight of an AWQ file with the compressed-tensors library's converter, likewise.
+
+    It reads the file's own tensors and config. Its own config has no word for scales per channel, which are groups of
+    the whole row.
+    """
+    said = checkpoint.config["quantization_config"]
+    own = AutoAWQConverter.from_autoawq_config(said)
+
+    def decode(name: str) -> Tensor:
+        raw = {}
+        for part in awq.PARTS:
+            with safe_open(checkpoint.files[f"{name}.{part}"], framework="pt") as file:
+                raw[f"{name}.{part}"] = file.get_tensor(f"{name}.{part}")
+        parts = {key.removeprefix(f"{name}."): value for key, value in own.process(raw).items()}
+        columns = checkpoint.tensors[name].shape[1]
+        size = said["group_size"] if said["group_size"] > 0 else columns
+        weights = QuantizationArgs(num_bits=own.bits, symmetric=not own.zero_point, strategy="group", group_size=size)
+        return _decompressed(parts, QuantizationScheme(targets=["Linear"], weights=weights))
+
+    return _compared(checkpoint, "compressed_tensors AutoAWQConverter, BaseCompressor.decompress", decode)
+
+
+def package(checkpoint: Checkpoint) -> Row:
+    """Decodes every packed weight of a GGUF file with the `gguf` package, and compares it with ours, in fp32."""
+    stored = {tensor.name: tensor for tensor in gguf.tensors_of(checkpoint.path / gguf.FILE)}
+
+    def decode(name: str) -> Tensor:
+        tensor = stored[their_name(f"{name}.weight")]
+        decoded = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        order = row_order(name, checkpoint.config)
+        return decoded if order is None else decoded[order.argsort()]
+
+    return _compared(checkpoint, "gguf.quants.dequantize", decode)
+
+
+@torch.no_grad()
+def transformers_gguf(checkpoint: Checkpoint, sequences: list[Sequence]) -> Row:
+    """Loads a GGUF file with `AutoModelForCausalLM`, and compares every tensor and the reference's logits, in fp32.
+
+    Config and names come from the file's own metadata, not from ours.
+    """
+    model = load_gguf(checkpoint.path, gguf.FILE)
+    worst, where = _worst(model, checkpoint)
+    row: Row = {"load_path": f"AutoModelForCausalLM.from_pretrained(gguf_file={gguf.FILE!r})", "dtype": "float32"}
+    row |= {"max_abs_diff": worst, "worst": where}
+    return row | logits(model, sequences) if sequences else row
+
+
+def _worst(model: Any, checkpoint: Checkpoint, inputs: bool = True) -> tuple[float, str | None]:
+    """The largest difference of a foreign model's tensors from our own decoding, in the model's dtypes, and where.
+
+    `inputs`: whether the model has the scales of quantized inputs.
+    """
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    worst: tuple[float, str | None] = (0.0, None)
+    for name, tensor in checkpoint.tensors.items():
+        weight = own.pop(f"{name}.weight", torch.empty(0))
+        worst = max(worst, (_difference(weight, tensor.dequantize(weight.dtype)), name), key=_first)
+    for name, value in checkpoint.plain.items():
+        if not inputs and is_input_scale(name):
+            continue
+        found = own.pop(name, torch.empty(0))
+        worst = max(worst, (_difference(found, value.to(found.dtype)), name), key=_first)
+    return worst
+
+
+def _decompressed(parts: dict[str, Tensor], scheme: QuantizationScheme, named: str = PACKED) -> Tensor:
+    compressor = BaseCompressor.get_value_from_registry(named)
+    decoded: Tensor = compressor.decompress(parts, scheme)["weight"]
+    return decoded
+
+
+def _compared(checkpoint: Checkpoint, path: str, decode: Callable[[str], Tensor]) -> Row:
+    worst, where, dtypes = 0.0, None, set()
+    for name, tensor in checkpoint.tensors.items():
+        decoded = decode(name)
         difference = _difference(decoded, tensor.dequantize(decoded.dtype))
         dtypes.add(str(decoded.dtype).removeprefix("torch."))
         if difference > worst:
             worst, where = difference, name
-    path = "compressed_tensors BaseCompressor.decompress"
     return {"load_path": path, "dtype": ", ".join(sorted(dtypes)), "max_abs_diff": worst, "worst": where}
 
 
@@ -66,7 +177,7 @@ def _pairs(recipe: Recipe) -> set[tuple[Scheme, Scheme | None]]:
 
 
 @torch.no_grad()
-def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: list[Sequence]) -> dict[str, Any]:
+def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: list[Sequence]) -> Row:
     """Loads the directory with `AutoModelForCausalLM`, and compares every tensor with our own decoding.
 
     Args:
@@ -81,20 +192,11 @@ def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: l
     """
     dequantize = dequantizes(checkpoint.recipe)
     model = load_quantized(checkpoint.path, dtype, dequantize=dequantize)
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    worst, where = 0.0, None
-    for name, tensor in checkpoint.tensors.items():
-        weight = own.pop(f"{name}.weight")
-        worst, where = max((worst, where), (_difference(weight, tensor.dequantize(weight.dtype)), name), key=_first)
-    for name, value in checkpoint.plain.items():
-        if dequantize and is_input_scale(name):
-            continue  # asked to dequantize, it quantizes no inputs
-        found = own.pop(name)
-        worst, where = max((worst, where), (_difference(found, value.to(found.dtype)), name), key=_first)
+    worst, where = _worst(model, checkpoint, inputs=not dequantize)  # asked to dequantize, it quantizes no inputs
     path = "AutoModelForCausalLM.from_pretrained" + (
         " with CompressedTensorsConfig(dequantize=True)" if dequantize else ""
     )
-    row: dict[str, Any] = {
+    row: Row = {
         "load_path": path, "dtype": str(model.dtype).removeprefix("torch."), "max_abs_diff": worst, "worst": where
     }  # fmt: skip
     if dtype is not torch.float32 or not sequences:
@@ -109,7 +211,7 @@ def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: l
     return row | logits(model, sequences, compared_in(checkpoint.recipe))
 
 
-def logits(model: Any, sequences: list[Sequence], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def logits(model: Any, sequences: list[Sequence], dtype: torch.dtype = torch.float32) -> Row:
     """Largest difference of a model's logits in `dtype` from the reference's, and the largest reference logit."""
     worst = largest = 0.0
     with computing(dtype):

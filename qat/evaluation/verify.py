@@ -18,10 +18,10 @@ from torch import Tensor
 
 from qat.engine.config import EngineConfig, SamplingParams
 from qat.engine.llm import LLM
+from qat.engine.loader import open_checkpoint
 from qat.evaluation import foreign, reference
 from qat.evaluation.precision import compared_in
 from qat.evaluation.reference import Sequence, difference
-from qat.formats import compressed_tensors
 from qat.formats.base import (
     CERTIFICATE,
     Checkpoint,
@@ -29,7 +29,6 @@ from qat.formats.base import (
     digest,
     quantized_digests,
     read_json,
-    tensor_files,
 )
 from qat.numerics.metrics import kl
 from qat.numerics.qtensor import QuantizedTensor
@@ -64,7 +63,7 @@ def issue(
         sha |= quantized_digests(name, tensor)
     sha |= {name: digest(value) for name, value in unquantized.items()}
     reference.save(path, sequences)
-    claims = {"reference": _reference_digests(sequences), "files": _file_digests(path), "sha256": sha}
+    claims = {"reference": reference_digests(sequences), "files": _file_digests(open_checkpoint(path)), "sha256": sha}
     _write(path, {"verified": False, **facts, **claims, "checks": {}})
 
 
@@ -90,7 +89,9 @@ def verify(path: Path, device: str = "auto") -> dict[str, Any]:
 
 
 def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, Any]:
-    opened = compressed_tensors.load(path)
+    opened = open_checkpoint(path)
+    if not opened.tensors:
+        raise ValueError(f"{path}: nothing in it is quantized, so there is nothing to verify")
     # Reading a tensor compares its digest. Each is read once, for all that other loaders are held to.
     checkpoint = replace(opened, tensors=dict(opened.tensors), plain=dict(opened.plain))
     sequences = reference.load(path)
@@ -98,12 +99,12 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
     checks: dict[str, Any] = {}
     if "sha256" in certificate:
         checks["tensors"] = _tensors(checkpoint, certificate["sha256"])
-        checks["files"] = _files(path, certificate.get("files"))
+        checks["files"] = _files(checkpoint, certificate.get("files"))
     else:
         unchecked.append("tensors: no certificate lies beside the checkpoint, so nothing says what they should be")
     if not sequences:
         unchecked.append("logits and greedy tokens: no reference lies beside the checkpoint")
-    elif _reference_digests(sequences) != certificate.get("reference"):
+    elif reference_digests(sequences) != certificate.get("reference"):
         raise ValueError(f"{path / reference.FILE}: not the reference that {CERTIFICATE} certifies; it was changed")
     captured = certificate.get("captured")
     if isinstance(captured, dict):
@@ -113,9 +114,11 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
         checks["captured"] = {"reason": "the certificate does not say what was captured", "passed": False}
     elif captured is None:
         unchecked.append("weights of the training graph: only the run that trained them could capture them")
-    checks |= _foreign(checkpoint, sequences)
-    if not foreign.loads(checkpoint.recipe):
-        unchecked.append("transformers: it loads no packed zero points beside weights of another scheme")
+    if certificate.get("converted_from", {}).get("certificate", "") is None:
+        unchecked.append("origin: the checkpoint that this was converted from had no certificate")
+    decoded, undecoded = foreign.decoders(checkpoint, sequences)
+    checks |= _judged(decoded)
+    unchecked += undecoded
     if sequences:
         checks["engine"] = _engine(path, sequences, device, compared_in(checkpoint.recipe))
         checks["fast_path"] = _fast_path(path, sequences, device)
@@ -132,12 +135,8 @@ def _tensors(checkpoint: Checkpoint, sha: Mapping[str, str]) -> dict[str, Any]:
     return {"equal": len(found) - len(extra), "missing": missing, "extra": extra, "passed": not missing and not extra}
 
 
-def _foreign(checkpoint: Checkpoint, sequences: list[Sequence]) -> dict[str, Any]:
-    rows = {"compressed_tensors": foreign.library(checkpoint)}
-    if foreign.loads(checkpoint.recipe):
-        rows["transformers_default"] = foreign.transformers(checkpoint, None, [])
-    if foreign.decodes_in_fp32(checkpoint.recipe):
-        rows["transformers_fp32"] = foreign.transformers(checkpoint, torch.float32, sequences)
+def _judged(rows: dict[str, Any]) -> dict[str, Any]:
+    """Foreign loaders, each with whether it passed: the same weights to the last bit, logits within the bound."""
     for row in rows.values():
         row["passed"] = row["max_abs_diff"] == 0
         if "max_abs_logit_diff" in row:
@@ -203,21 +202,23 @@ def _scores(llm: LLM, sequences: list[Sequence]) -> list[Tensor]:
     return llm.score([s.ids[:-1].tolist() for s in sequences], [s.prompt for s in sequences])
 
 
-def _file_digests(path: Path) -> dict[str, str]:
+def _file_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """SHA-256 of every file, in folders too, but those whose tensors are certified one by one, and the certificate.
 
     Config, generation config, tokenizer, templates. A link that leads to no file counts as an empty one.
     """
-    elsewhere = {*tensor_files(path).values(), path / CERTIFICATE, path / reference.FILE}
+    path = checkpoint.path
+    tensors = {file for file in checkpoint.files.values() if file.suffix == ".safetensors"}  # GGUF's say more than that
+    elsewhere = {*tensors, path / CERTIFICATE, path / reference.FILE}
     files = (p for p in sorted(path.rglob("*")) if (p.is_file() or p.is_symlink()) and p not in elsewhere)
     content = ((p, p.read_bytes() if p.is_file() else b"") for p in files)
     return {p.relative_to(path).as_posix(): hashlib.sha256(data).hexdigest() for p, data in content}
 
 
-def _files(path: Path, sha: Any) -> dict[str, Any]:
+def _files(checkpoint: Checkpoint, sha: Any) -> dict[str, Any]:
     """Whether those files still are what they were, and none came later that loaders would read (a README may)."""
     sha = sha if isinstance(sha, dict) else {}
-    now = _file_digests(path)
+    path, now = checkpoint.path, _file_digests(checkpoint)
     changed = sorted(name for name, value in sha.items() if now.get(name) != value)
     later = [name for name in now if name not in sha]
     added = sorted(name for name in later if Path(name).suffix in READ or not (path / name).is_file())
@@ -225,7 +226,8 @@ def _files(path: Path, sha: Any) -> dict[str, Any]:
     return {"equal": len(sha) - len(changed), "changed": changed, "added": added, "passed": passed}
 
 
-def _reference_digests(sequences: list[Sequence]) -> list[dict[str, str]]:
+def reference_digests(sequences: list[Sequence]) -> list[dict[str, str]]:
+    """What a certificate has of its reference logits."""
     return [{"ids": digest(s.ids), "logits": digest(s.logits), "prompt": str(s.prompt)} for s in sequences]
 
 

@@ -7,6 +7,7 @@ and JSON are read; nothing is unpickled.
 import functools
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat.numerics.qtensor import QuantizedTensor
-from qat.numerics.recipe import Recipe
-from qat.numerics.scheme import is_input_scale
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme, is_input_scale
 
 INDEX = "model.safetensors.index.json"
 CERTIFICATE = "verify.json"
@@ -68,6 +69,7 @@ class Checkpoint:
         recipe: One rule for each scheme in the file; empty for a plain checkpoint.
         tensors: Module name to its quantized weight.
         plain: Parameter name to its unquantized tensor.
+        files: Name of every tensor on disk, which begins with its module's or parameter's, to the file that holds it.
     """
 
     path: Path
@@ -75,6 +77,11 @@ class Checkpoint:
     recipe: Recipe
     tensors: Mapping[str, QuantizedTensor]
     plain: Mapping[str, Tensor]
+    files: Mapping[str, Path]
+
+    def file(self, name: str) -> Path:
+        """The file that holds a module's or a parameter's tensors; the directory, if none does."""
+        return next((f for n, f in self.files.items() if n == name or n.startswith(f"{name}.")), self.path)
 
 
 def digest(tensor: Tensor) -> str:
@@ -145,14 +152,27 @@ def _strings(file: Path, key: str) -> dict[str, str]:
     return value
 
 
+class Certified:
+    """The digests that a directory's certificate has of its tensors; none, where none lies beside them."""
+
+    def __init__(self, path: Path):
+        certificate = path / CERTIFICATE
+        certified = certificate.exists() and "sha256" in read_json(certificate)
+        self._digests = _strings(certificate, "sha256") if certified else {}
+
+    def check(self, parts: Mapping[str, Tensor], file: Path) -> None:
+        """Raises ValueError naming part and file if a part is not what the certificate says."""
+        for key, tensor in parts.items():
+            if self._digests and self._digests.get(key) != digest(tensor):
+                raise ValueError(f"{file}: {key} is not what {CERTIFICATE} certifies; the file was changed")
+
+
 class Reader:
     """Reads single tensors of a checkpoint and holds them to the certificate's digests, where one lies beside them."""
 
     def __init__(self, path: Path):
         self.path, self.files = path, tensor_files(path)
-        certificate = path / CERTIFICATE
-        certified = certificate.exists() and "sha256" in read_json(certificate)
-        self._digests = _strings(certificate, "sha256") if certified else {}
+        self._certified = Certified(path)
         self._open = functools.cache(lambda file: safe_open(file, framework="pt"))  # opening parses the whole header
 
     def raw(self, name: str) -> Tensor:
@@ -174,10 +194,37 @@ class Reader:
 
     def check(self, parts: dict[str, Tensor], name: str) -> None:
         """Raises ValueError naming tensor and file if a part is not what the certificate says."""
-        for key, tensor in parts.items():
-            if self._digests and self._digests.get(key) != digest(tensor):
-                file = next((f for n, f in self.files.items() if n.startswith(name)), self.path)
-                raise ValueError(f"{file}: {key} is not what {CERTIFICATE} certifies; the file was changed")
+        self._certified.check(parts, next((f for n, f in self.files.items() if n.startswith(name)), self.path))
+
+
+def packed_modules(reader: Reader, parts: tuple[str, ...]) -> list[str]:
+    """Modules that are stored as these parts, the first of which marks them.
+
+    Raises:
+        ValueError: A part is missing, or belongs to no module; or there is none at all.
+    """
+    modules = [name.removesuffix(f".{parts[0]}") for name in reader.files if name.endswith(f".{parts[0]}")]
+    whole = {f"{module}.{part}" for module in modules for part in parts}
+    if strays := [n for n in reader.files if n.rpartition(".")[2] in parts and n not in whole]:
+        raise ValueError(f"{reader.files[strays[0]]}: tensor {strays[0]} belongs to no quantized module")
+    if lost := sorted(whole - set(reader.files)):
+        raise ValueError(f"{reader.path}: tensor {lost[0]} is missing")
+    if not modules:
+        raise ValueError(f"{reader.path}: config.json says quantized, but no tensor ends in {parts[0]}")
+    return modules
+
+
+def scale_dtype_of(file: Path, said: Mapping[str, Any], stored: str) -> str:
+    """Name of the dtype that scales stored in fp16 were made in: what `meta.scale_dtype` says, else as they are stored.
+
+    Raises:
+        ValueError: It is none that they can have.
+    """
+    meta = said.get("meta") or {}
+    dtype = meta.get("scale_dtype", stored) if isinstance(meta, dict) else meta
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise ValueError(f"{file}: scales in {dtype!r}; expected float16, bfloat16 or float32")
+    return str(dtype)
 
 
 def load_plain(path: Path | str) -> Checkpoint:
@@ -191,7 +238,61 @@ def load_plain(path: Path | str) -> Checkpoint:
     if (method := (config.get("quantization_config") or {}).get("quant_method")) is not None:
         raise ValueError(f"{path}: a checkpoint quantized by {method!r}, not a plain one")
     reader = Reader(path)
-    return Checkpoint(path, config, Recipe({}), {}, Lazy(list(reader.files), reader.plain))
+    return Checkpoint(path, config, Recipe({}), {}, Lazy(list(reader.files), reader.plain), reader.files)
+
+
+def recipe_of(schemes: Mapping[str, tuple[Scheme, Scheme | None]], kv: Scheme | None = None) -> Recipe:
+    """The recipe of a file: one rule for each pair of weight and input scheme, which names its modules."""
+    by_schemes: dict[tuple[Scheme, Scheme | None], list[str]] = {}
+    for name, pair in schemes.items():
+        by_schemes.setdefault(pair, []).append(name)
+    rules = {}
+    for i, ((weight, input), names) in enumerate(by_schemes.items()):  # short names leave some of a scheme out
+        rules[f"{i}_{weight}"] = Rule("|".join(re.escape(name) for name in names), weight, input)
+    return Recipe(rules, kv)
+
+
+def check_tensors(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    tensors: Mapping[str, QuantizedTensor],
+    check_scheme: Callable[[str, Scheme, Scheme | None, str], None],
+) -> None:
+    """Raises ValueError, naming the module, if a tensor is not what its rule says, or not what a format carries."""
+    for name, tensor in tensors.items():
+        hit = recipe.rule_for(name)
+        if hit is None or hit[1].weight != tensor.scheme:
+            raise ValueError(f"{name}: quantized as {tensor.scheme}, but the recipe says {hit and hit[1].weight}")
+        check_scheme(name, tensor.scheme, hit[1].input, type(model.get_submodule(name)).__name__)
+
+
+def in_half(name: str, scale: Tensor) -> Tensor:
+    """Scales in fp16, on the CPU: what GPTQ, AWQ and GGUF store. A bf16 scale above 2**-17 loses nothing.
+
+    Raises:
+        ValueError: fp16 does not hold one of them.
+    """
+    half = scale.to(torch.float16)
+    if not bool((off := half.to(scale.dtype) != scale).any()):
+        return half.cpu().contiguous()
+    raise ValueError(
+        f"{name}: the scale {float(scale[off][0])!r} in {str(scale.dtype)[6:]} is none that fp16 holds, in which this "
+        f"format stores it. Use export.dtype=float16, or format=compressed_tensors"
+    )
+
+
+def from_half(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `in_half`.
+
+    Raises:
+        ValueError: A scale is not a positive number, or `dtype` does not hold it.
+    """
+    if not scale.is_floating_point() or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError("a scale is zero, negative or not finite")
+    found = scale.to(dtype)
+    if not torch.equal(found.to(scale.dtype), scale):
+        raise ValueError(f"a scale in {scale.dtype} is none that {dtype} holds, in which the file says it was made")
+    return found
 
 
 def unquantized_state(
@@ -233,6 +334,13 @@ def unquantized_state(
     return result
 
 
+def write_safetensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes the tensors into a directory."""
+    save_torch_state_dict(dict(state), path, metadata=METADATA, max_shard_size="50GB")
+    for file in path.glob("*.safetensors"):
+        file.chmod(path.stat().st_mode & 0o666)  # safetensors lets only the owner read
+
+
 def write_directory(
     path: Path,
     model: PreTrainedModel,
@@ -240,8 +348,9 @@ def write_directory(
     state: Mapping[str, Tensor],
     quantization_config: dict[str, Any] | None,
     dtype: torch.dtype,
+    write: Callable[[Path, Mapping[str, Tensor]], None] = write_safetensors,
 ) -> None:
-    """Writes config, generation config, tokenizer (chat template included) and safetensors; whole or not at all."""
+    """Writes config, generation config, tokenizer (chat template included) and tensors; whole or not at all."""
     if path.exists() and any(path.iterdir()) and not (path / CERTIFICATE).is_file():
         raise ValueError(f"{path}: holds something other than an earlier export; name an empty or new directory")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,9 +369,7 @@ def write_directory(
         model.generation_config.save_pretrained(part)
     if tokenizer is not None:
         tokenizer.save_pretrained(part)
-    save_torch_state_dict(dict(state), part, metadata=METADATA, max_shard_size="50GB")
-    for file in part.glob("*.safetensors"):
-        file.chmod(part.stat().st_mode & 0o666)  # safetensors lets only the owner read
+    write(part, state)
     (part / CERTIFICATE).write_text('{"verified": false}', encoding="utf-8")  # until one is issued
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)

@@ -29,6 +29,7 @@ from qat.formats.base import (
     certified_parts,
     linear_names,
     read_json,
+    recipe_of,
     unquantized_state,
     write_directory,
 )
@@ -48,7 +49,7 @@ from qat.formats.ct_parts import PARTS, check_input, pack_tensor, part_names, un
 from qat.numerics.affine import scale_dtype
 from qat.numerics.kv import head_dim
 from qat.numerics.qtensor import QuantizedTensor, as_integers
-from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import E4M3, E8M0, INPUT_PARTS, Scheme, input_parts, integers
 
 METHOD = "compressed-tensors"
@@ -221,8 +222,8 @@ def load(path: Path | str) -> Checkpoint:
         return tensor
 
     plain = [name for name in reader.files if name not in parts]
-    recipe = replace(_recipe(stored), kv=kv)
-    return Checkpoint(path, config, recipe, Lazy(modules, read), Lazy(plain, read_plain))
+    recipe = recipe_of({name: (how.weight, how.input) for name, how in stored.items()}, kv)
+    return Checkpoint(path, config, recipe, Lazy(modules, read), Lazy(plain, read_plain), reader.files)
 
 
 def _opened(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], Scheme | None]:
@@ -287,13 +288,3 @@ def _with_dtypes(reader: Reader, name: str, how: Stored, storage: str | None) ->
     if input is not None and not input.dynamic:
         input = told(input, f"{name}.input_scale")
     return weight, input
-
-
-def _recipe(stored: Mapping[str, Stored]) -> Recipe:
-    by_schemes: dict[Schemes, list[str]] = {}
-    for name, how in stored.items():
-        by_schemes.setdefault((how.weight, how.input), []).append(name)
-    rules = {}
-    for i, ((weight, input), names) in enumerate(by_schemes.items()):  # short names leave some of a scheme out
-        rules[f"{i}_{weight}"] = Rule("|".join(re.escape(name) for name in names), weight, input)
-    return Recipe(rules)

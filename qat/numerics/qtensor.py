@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qat.numerics.affine import dequantize, served
+from qat.numerics.granularity import PerGroup
 from qat.numerics.levels import code_dtype, decode
 from qat.numerics.scheme import Scheme, integers
 
@@ -71,6 +72,25 @@ class QuantizedTensor:
         zeros = 0 if self.zero_point is None else self.zero_point.numel() * self.scheme.grid.bits
         zeros += 0 if self.global_scale is None else 32
         return self.codes.numel() * self.scheme.grid.bits + self.scale.numel() * self.scale.element_size() * 8 + zeros
+
+
+def regrouped(tensor: QuantizedTensor, granularity: PerGroup) -> QuantizedTensor:
+    """The same values in smaller groups: each scale and zero point stands once for every group that it served.
+
+    Raises:
+        ValueError: The groups do not divide the tensor's own.
+    """
+    rows, groups = granularity.scale_shape(tensor.shape)
+    own = 1 if tensor.scale.dim() == 1 else tensor.scale.shape[1]
+    if groups % own:
+        raise ValueError(f"groups of {granularity.group_size} do not divide those of {tensor.scheme}")
+
+    def spread(part: Tensor) -> Tensor:
+        return part.reshape(-1, own, 1).expand(rows, own, groups // own).reshape(rows, groups).contiguous()
+
+    zero_point = None if tensor.zero_point is None else spread(tensor.zero_point)
+    scheme = replace(tensor.scheme, granularity=granularity)
+    return replace(tensor, scale=spread(tensor.scale), zero_point=zero_point, scheme=scheme)
 
 
 def as_integers(tensor: QuantizedTensor) -> QuantizedTensor:

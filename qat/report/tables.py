@@ -70,7 +70,7 @@ def export_lines(export: Mapping[str, Any]) -> list[str]:
     lines = [
         f"train == serve: {'VERIFIED' if export['verified'] else 'NOT VERIFIED'}",
         f"  codes, scales and other tensors are those that were found: {mark(export['codes_equal'])}",
-        f"  compressed-tensors and transformers decode the same weights, difference 0: {mark(export['weights_equal'])}",
+        f"  other loaders decode the same weights, difference 0: {mark(export['weights_equal'])}",
         f"  engine, reference path: largest logit difference {_number(export['max_abs_logit_diff'])}, "
         f"greedy tokens equal: {mark(export['greedy_equal'])}",
     ]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from qat.cli.main import main
-from qat.formats import compressed_tensors
+from qat.engine.loader import open_checkpoint
 from qat.formats.base import quantized_digests
 
 pytestmark = pytest.mark.whole
@@ -15,7 +15,7 @@ def export(finished, tmp_path, *more):
 
 
 def digests(path):
-    tensors = compressed_tensors.load(path).tensors
+    tensors = open_checkpoint(path).tensors
     return {key: value for name in tensors for key, value in quantized_digests(name, tensors[name]).items()}
 
 
@@ -58,6 +58,37 @@ def test_static_inputs_are_those_of_the_run(finish, tmp_path, capsys):
     assert summary["arms"]["rtn"]["bytes"] == (written / "model.safetensors").stat().st_size
     assert export(run, tmp_path) == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (written / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_becomes_one_of_another_format(finished, tmp_path, capsys):
+    """No run is asked: the checkpoint alone, its certificate and its reference logits."""
+    source = finished.path / "export" / "compressed_tensors"
+    arguments = [f"runs={tmp_path / 'none'}", f"from={source}", "format=gptq", f"out={tmp_path / 'out'}"]
+    assert main(["export", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "train == serve: VERIFIED" in out
+    assert "other loaders decode the same weights, difference 0: not checked" in out
+    assert "no library here decodes GPTQ's layout" in out
+    certificate = json.loads((tmp_path / "out" / "verify.json").read_text())
+    assert (certificate["arm"], certificate["captured"]["equal"]) == ("qat", 7)
+    assert certificate["converted_from"]["format"] == "compressed-tensors"
+    assert digests(tmp_path / "out") == digests(source)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_a_conversion_takes_no_arm_and_needs_a_checkpoint(tmp_path, capsys):
+    assert main(["export", f"from={tmp_path}", "arm=gptq", "format=none"]) == 2
+    err = capsys.readouterr().err
+    assert "arm: from=DIR converts a checkpoint" in err
+    assert "format.name: from=DIR is written in a format" in err
+    assert f"from: {tmp_path} is no checkpoint: it holds no config.json" in err
+
+
+def test_an_arm_in_another_format(finished, tmp_path):
+    assert export(finished, tmp_path, "arm=gptq", "format=gptq") == 0
+    certificate = json.loads((tmp_path / "out" / "verify.json").read_text())
+    assert certificate["verified"]
+    assert "converted_from" not in certificate
 
 
 def test_an_arm_that_the_run_does_not_have(finished, tmp_path, capsys):

@@ -7,6 +7,7 @@ from tiny import byte_tokenizer
 
 from qat.cli.exporting import FORMATS, check_tokenizer, export, outcome, references
 from qat.cli.main import main
+from qat.evaluation.foreign import DECODERS
 from qat.formats import compressed_tensors
 from qat.nn.observers.minmax import MinMax
 from qat.ptq.rtn import rtn
@@ -69,6 +70,15 @@ def test_what_was_not_checked_is_none_and_not_equal():
     unknown = ("codes_equal", "max_abs_logit_diff", "greedy_equal", "fast_path")
     assert [found[key] for key in unknown] == [None] * 4
     assert not found["verified"]
+
+
+def test_weights_that_nobody_decoded_are_not_equal_weights():
+    """GPTQ's layout has no loader here: the summary may not say that loaders agree."""
+    own = {name: CHECKS[name] for name in ("tensors", "engine", "fast_path")}
+    assert outcome("x", {"verified": True, "checks": own})["weights_equal"] is None
+    for name in DECODERS:
+        assert outcome("x", {"verified": True, "checks": own | {name: {"passed": True}}})["weights_equal"] is True
+        assert outcome("x", {"verified": True, "checks": own | {name: {"passed": False}}})["weights_equal"] is False
 
 
 def test_every_format_option_is_a_format(capsys):

@@ -1,6 +1,9 @@
 import json
 
 import pytest
+from tiny_run import arguments
+
+from qat.cli.main import main
 
 pytestmark = pytest.mark.whole
 
@@ -35,6 +38,28 @@ def test_block_wise_training_is_a_method_too(finish):
     run = finish("ptq", "method=blockwise", "method.train=[scales,round]")
     exported(run, "blockwise")
     assert (run.path / "checkpoints/blockwise/block-0000.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["awq", "gguf"])
+def test_another_format_is_written_read_back_and_verified(finish, name):
+    run = finish("ptq", "method=rtn", f"format={name}")
+    export = summary(run)["export"]
+    assert (export["verified"], export["codes_equal"], export["weights_equal"]) == (True, True, True)
+    certificate = json.loads((run.path / "export" / name / "verify.json").read_text())
+    assert certificate["verified"]
+    arm = summary(run)["arms"]["rtn"]
+    assert arm["bits_per_quantized_weight"] == (4.625 if name == "awq" else 4.5)  # AWQ has zeros, always
+    assert main(["eval", f"runs={run.runs}", "device=cpu"]) == 0
+    row = json.loads((run.path / "evaluations.jsonl").read_text())
+    assert row["ppl"] == pytest.approx(arm["ppl"], rel=1e-6)
+    weights = run.path / "export" / name / ("model.safetensors" if name == "awq" else "model.gguf")
+    assert abs(arm["bytes"] - weights.stat().st_size) < (1 if name == "awq" else 4096)  # another header
+
+
+def test_what_a_format_cannot_say_is_refused_before_anything_is_loaded(root, capsys):
+    more = ("format=awq", "recipe.rules.linears.weight.grid.bits=3")
+    assert main(arguments(root, "ptq", "method=rtn", *more)) == 2
+    assert "recipe.rules.linears.weight.grid: format=awq carries integers of 4 bits" in capsys.readouterr().err
 
 
 def test_it_finds_what_the_whole_comparison_finds(gptq, finished):

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import yaml
-from tiny import tiny
+from tiny import byte_tokenizer, tiny
 from tiny_run import arguments
 
 from qat.cli.main import positional
@@ -81,6 +81,37 @@ def test_the_recipe_must_fit_the_model(config, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("awq", r"^model\.layers\.0\.\S+: awq carries integers of 4 bits; int3_g32 cannot be exported"),
+        ("gguf", r"^model\.layers\.0\.\S+: gguf carries integers of 4 bits"),
+        ("gptq", None),
+        ("none", None),
+    ],
+)
+def test_the_recipe_must_fit_the_format_that_is_written(config, tmp_path, name, message):
+    config["format"]["name"] = name
+    config["recipe"]["rules"]["linears"]["weight"]["grid"]["bits"] = 3
+    if message is None:
+        assert open_workbench(config).config["format"]["name"] == name
+        return
+    with pytest.raises(ValueError, match=message):
+        open_workbench(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_gguf_could_not_say_is_refused_before_a_run_begins(config, tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    tiny(layers=1, rope_parameters=rope).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    config["format"]["name"] = "gguf"
+    config["model"]["path"] = str(tmp_path / "model")
+    with pytest.raises(ValueError, match="rope_type 'linear' is not written to GGUF"):
+        open_workbench(config)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_gpu_that_is_not_there():
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="device=cuda: this machine has 0 CUDA devices; use device=cpu"):

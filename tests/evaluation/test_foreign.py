@@ -8,6 +8,7 @@ import torch
 from tiny import tiny
 from tiny_export import export
 
+from qat.engine.loader import open_checkpoint
 from qat.evaluation import foreign, reference
 from qat.formats import compressed_tensors, ct_args
 
@@ -130,3 +131,37 @@ def test_logits_of_another_model_differ(checkpoint, sequences):
 def test_what_cannot_be_compared_is_infinitely_far(a, b):
     assert foreign._difference(a, b) == float("inf")
     assert foreign._difference(torch.ones(2), torch.ones(2)) == 0
+
+
+@pytest.mark.parametrize("format", ["gguf", "awq"])
+def test_one_code_that_is_decoded_differently_in_another_format_is_named(tmp_path, format):
+    export(tmp_path / "m", format=format)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    rows, unchecked = foreign.decoders(checkpoint, [])
+    assert unchecked == []
+    assert set(rows) <= set(foreign.DECODERS)
+    assert {row["max_abs_diff"] for row in rows.values()} == {0}
+    for row in foreign.decoders(edited_codes(checkpoint), [])[0].values():
+        assert row["worst"] == UP
+        assert row["max_abs_diff"] > 0
+
+
+def test_transformers_reads_every_tensor_of_a_gguf_file(tmp_path):
+    export(tmp_path / "m", format="gguf")
+    checkpoint, sequences = open_checkpoint(tmp_path / "m"), reference.load(tmp_path / "m")
+    found = foreign.transformers_gguf(checkpoint, sequences)
+    assert found["max_abs_logit_diff"] < 1e-4 * found["max_abs_logit"]
+    plain = dict(checkpoint.plain)
+    plain["model.norm.weight"] = plain["model.norm.weight"] + 1
+    assert foreign.transformers_gguf(replace(checkpoint, plain=plain), [])["worst"] == "model.norm.weight"
+    absent = replace(checkpoint, plain=dict(checkpoint.plain) | {"model.extra.weight": torch.ones(1)})
+    found = foreign.transformers_gguf(absent, [])
+    assert (found["worst"], found["max_abs_diff"]) == ("model.extra.weight", float("inf"))
+
+
+def test_no_library_here_decodes_gptq_and_that_is_said(tmp_path):
+    export(tmp_path / "m", format="gptq")
+    rows, unchecked = foreign.decoders(open_checkpoint(tmp_path / "m"), [])
+    assert rows == {}
+    assert len(unchecked) == 1
+    assert "no library here decodes GPTQ's layout" in unchecked[0]

@@ -149,6 +149,93 @@ def test_one_bit_of_any_part_is_found_and_named(tmp_path, name, part, named):
         verify(tmp_path / "ct")
 
 
+@pytest.mark.parametrize(
+    ("format", "bits", "symmetric", "foreign"),
+    [
+        ("gptq", 4, True, set()),
+        ("gptq", 3, False, set()),
+        ("awq", 4, True, {"autoawq_converter"}),
+        ("awq", 4, False, {"autoawq_converter"}),
+        ("gguf", 4, True, {"gguf", "transformers_gguf"}),
+        ("gguf", 8, True, {"gguf", "transformers_gguf"}),
+    ],
+)
+def test_a_true_export_in_every_format_is_verified(tmp_path, format, bits, symmetric, foreign):
+    export(tmp_path / "m", bits, symmetric, format=format)
+    certificate = verify(tmp_path / "m")
+    assert {k: c["passed"] for k, c in certificate["checks"].items() if not c["passed"]} == {}
+    assert certificate["verified"]
+    assert set(certificate["checks"]) == {"tensors", "files", "engine", "fast_path"} | foreign
+    assert certificate["checks"]["engine"]["greedy_equal"] == 3
+    assert bool(certificate["unchecked"]) is not bool(foreign)  # what nobody here decodes is said, not passed
+    assert all("GPTQ's layout" in text for text in certificate["unchecked"])
+
+
+@pytest.mark.parametrize(
+    ("format", "part", "named"),
+    [
+        ("gptq", "qweight", "codes"),
+        ("gptq", "scales", "scale"),
+        ("gptq", "qzeros", "zero_point"),
+        ("awq", "qweight", "codes"),
+        ("awq", "scales", "scale"),
+        ("awq", "qzeros", "zero_point"),
+    ],
+)
+def test_one_flipped_bit_in_every_format_is_found_and_named(tmp_path, format, part, named):
+    export(tmp_path / "m", 4, False, format=format)
+    # A scale's last bits are none that bf16 holds: a higher one is, and only the digest can tell.
+    edit(tmp_path / "m", flip(f"{Q}.{part}", 1 << 6 if part == "scales" else 1))
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {Q}\.{named} is not what verify\.json certifies"):
+        verify(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("offset", "named"), [(2, r"up_proj\.codes"), (0, r"up_proj\.scale"), (None, r"model\.norm\.weight")]
+)
+def test_one_flipped_bit_of_a_gguf_file_is_found_and_named(tmp_path, offset, named):
+    from gguf import GGUFReader
+
+    export(tmp_path / "m", format="gguf")
+    file = tmp_path / "m" / "model.gguf"
+    name = "blk.1.ffn_up.weight" if offset is not None else "output_norm.weight"
+    at = next(t.data_offset for t in GGUFReader(file).tensors if t.name == name)
+    content = bytearray(file.read_bytes())
+    content[at + {None: 2, 0: 0, 2: 2}[offset]] ^= 8 if offset == 0 else 1  # bits that bf16 holds
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.gguf: \S*{named} is not what verify\.json certifies"):
+        verify(tmp_path / "m")
+
+
+def test_what_a_gguf_file_says_beside_its_tensors_is_bound_too(tmp_path):
+    """llama.cpp knows no other config than this."""
+    export(tmp_path / "m", format="gguf")
+    file = tmp_path / "m" / "model.gguf"
+    content = file.read_bytes()
+    assert content.count(b"llama.context_length") == 1
+    file.write_bytes(content.replace(b"llama.context_length", b"llama.context_lengtX"))
+    certificate = verify(tmp_path / "m")
+    assert certificate["checks"]["files"]["changed"] == ["model.gguf"]
+    assert not certificate["verified"]
+
+
+def test_quantize_config_is_bound_too(tmp_path):
+    export(tmp_path / "m", format="gptq")
+    assert verify(tmp_path / "m")["verified"]
+    (tmp_path / "m" / "quantize_config.json").write_text("{}")
+    certificate = verify(tmp_path / "m")
+    assert certificate["checks"]["files"]["changed"] == ["quantize_config.json"]
+    assert not certificate["verified"]
+
+
+def test_a_plain_checkpoint_has_nothing_to_verify(tmp_path):
+    from tiny import tiny
+
+    tiny().save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="nothing in it is quantized"):
+        verify(tmp_path / "m")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_true_export_with_a_quantized_cache_is_verified(tmp_path, kind):
     export(tmp_path / "ct", kv=kind)
@@ -247,13 +334,13 @@ def test_an_export_of_other_weights_fails_though_its_own_digests_agree(tmp_path,
 def test_greedy_tokens_must_be_equal(copy):
     """A reference whose generated tokens are others, with digests that agree, is not reproduced."""
     from qat.evaluation import reference
-    from qat.evaluation.verify import _reference_digests
+    from qat.evaluation.verify import reference_digests
 
     sequences = reference.load(copy)
     sequences[1].ids[10] = (sequences[1].ids[10] + 1) % 256
     reference.save(copy, sequences)
     certificate = json.loads((copy / "verify.json").read_text())
-    (copy / "verify.json").write_text(json.dumps(certificate | {"reference": _reference_digests(sequences)}))
+    (copy / "verify.json").write_text(json.dumps(certificate | {"reference": reference_digests(sequences)}))
     certificate = verify(copy)
     assert not certificate["verified"]
     assert certificate["checks"]["engine"]["greedy_equal"] == 2

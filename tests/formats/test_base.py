@@ -6,15 +6,19 @@ from safetensors.torch import save_file
 from tiny import byte_tokenizer, tiny
 
 from qat.formats.base import (
+    Checkpoint,
     Lazy,
     digest,
     file_bytes,
+    from_half,
+    in_half,
     load_plain,
     read_json,
     tensor_files,
     unquantized_state,
     write_directory,
 )
+from qat.numerics.recipe import Recipe
 
 BF16 = torch.bfloat16
 
@@ -171,3 +175,22 @@ def test_the_model_of_another_tool_is_not_replaced(tmp_path):
     with pytest.raises(ValueError, match="holds something other than an earlier export"):
         write_directory(tmp_path, tiny(), None, {}, {"quant_method": "compressed-tensors"}, BF16)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_the_file_of_a_tensor_is_found_by_its_modules_or_parameters_name(tmp_path):
+    files = {"a.qweight": tmp_path / "1", "a.b.qweight": tmp_path / "2", "ab.weight": tmp_path / "3"}
+    checkpoint = Checkpoint(tmp_path, {}, Recipe(), {}, {}, files)
+    assert [checkpoint.file(name).name for name in ("a", "a.b", "ab", "ab.weight")] == ["1", "2", "3", "3"]
+    assert checkpoint.file("c") == tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_in_half_come_back_or_are_refused(dtype):
+    scale = torch.tensor([[1.0, 2.0**-14], [0.125, 3.0]], dtype=dtype)
+    assert torch.equal(from_half(in_half("m", scale), dtype), scale)
+    assert from_half(in_half("m", scale), dtype).dtype == dtype
+    for bad in (0.0, -1.0, torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
+            from_half(torch.tensor([1.0, bad], dtype=torch.float16), dtype)
+    with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
+        from_half(torch.ones(2, dtype=torch.int16), dtype)

@@ -95,3 +95,19 @@ def test_a_model_that_lacks_a_tensor_is_not_filled_with_random_numbers(directory
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"tensor model\.layers\.0\.mlp\.up_proj\.weight is missing"):
         hf.load(path=str(directory))
+
+
+def test_a_skeleton_is_everything_but_the_weights(tmp_path):
+    export(tmp_path / "m", format="gptq", certified=False)
+    model, tokenizer = hf.skeleton(tmp_path / "m")
+    own = tiny()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in own.named_parameters()}
+    assert model.config.dtype == torch.bfloat16
+    assert not hasattr(model.config, "quantization_config")
+    assert model.generation_config.to_dict() == own.generation_config.to_dict()
+    assert tokenizer.chat_template == byte_tokenizer().chat_template
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    (tmp_path / "m" / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="m: incomplete"):
+        hf.skeleton(tmp_path / "m")

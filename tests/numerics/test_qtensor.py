@@ -3,7 +3,10 @@ import torch
 from tiny import scheme
 
 from qat.numerics.affine import rtn
-from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
+from qat.numerics.grid import IntGrid
+from qat.numerics.qtensor import QuantizedTensor, regrouped
+from qat.numerics.scheme import Scheme
 
 
 def make(symmetric=True):
@@ -42,3 +45,17 @@ def test_parts_that_do_not_fit_are_refused(change, message):
     parts = {k: getattr(tensor, k) for k in ("codes", "scale", "zero_point", "scheme", "shape")}
     with pytest.raises(ValueError, match=message):
         QuantizedTensor(**parts | change)
+
+
+@pytest.mark.parametrize("granularity", [PerGroup(64), PerGroup(32), PerChannel(), PerTensor()], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_smaller_groups_have_the_same_values(granularity, symmetric):
+    s = Scheme(IntGrid(4), granularity, symmetric)
+    codes, scale, zero = rtn(torch.randn(6, 128), s, torch.bfloat16)
+    tensor = QuantizedTensor(codes, scale, zero, s, (6, 128))
+    found = regrouped(tensor, PerGroup(32))
+    assert found.scheme == Scheme(IntGrid(4), PerGroup(32), symmetric)
+    assert found.scale.shape == (6, 4)
+    assert torch.equal(found.dequantize(torch.float32), tensor.dequantize(torch.float32))
+    with pytest.raises(ValueError, match="groups of 128 do not divide those of"):
+        regrouped(found, PerGroup(128))
