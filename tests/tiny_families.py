@@ -31,17 +31,19 @@ def family(name: str, **more: object) -> PreTrainedModel:
                 parameter.normal_()
             if "norm" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    for module in model.modules():
+    for key, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = exact(module, structure_of(kind).offset)
+            model.set_submodule(key, Norm(module, structure_of(kind).offset))
     return model
 
 
-def exact(norm: nn.Module, offset: float):
+class Norm(nn.Module):
     """RMSNorm in the dtype of its input."""
-    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (norm.weight + offset)
+    def __init__(self, norm: nn.Module, offset: float):
+        super().__init__()
+        self.weight, self.offset = norm.weight, offset
+        self.eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
-    return forward
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (self.weight + self.offset)
