@@ -76,8 +76,14 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
 
 
 def _ptq(methods: dict[str, Any]) -> list[str]:
-    """The arms that QAT is judged against: block-wise training is one of its own kind."""
-    return [name for name, method in methods.items() if method["_target_"].startswith("qat.ptq.")]
+    """The arms that QAT is judged against: block-wise training is one of its own kind, after another method, too."""
+    return [name for name, method in methods.items() if all(t.startswith("qat.ptq.") for t in _chain(method))]
+
+
+def _chain(method: dict[str, Any]) -> list[str]:
+    """Targets of a method, of the one that goes on after it, and so forth."""
+    then = method.get("then")
+    return [method["_target_"], *(_chain(then) if then else [])]
 
 
 def _introduce(bench: Workbench) -> None:
