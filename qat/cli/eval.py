@@ -37,7 +37,7 @@ def main(config: dict[str, Any]) -> int:
     checkpoint = open_checkpoint(path)
     named = settings["model"]
     storage = getattr(torch, settings["export"]["dtype"])
-    model, tokenizer = hf.load(named["name"], named["path"], named["revision"], storage)
+    model, tokenizer = hf.load(**named, dtype=storage)
     if model.config.vocab_size != checkpoint.config["vocab_size"]:
         raise ValueError(f"{path}: vocabulary {checkpoint.config['vocab_size']}, the run's {model.config.vocab_size}")
     whole = set(unquantized_state(model, {}, {}, storage))

@@ -71,7 +71,7 @@ def teacher(config: dict[str, Any]) -> tuple[Path, str, str]:
     It is the model of the `fp` arm, rounded to the storage dtype; written once, and found by its fingerprint.
     """
     named, dtype = config["model"], getattr(torch, config["export"]["dtype"])
-    model, tokenizer = hf.load(named["name"], named["path"], named["revision"], dtype)
+    model, tokenizer = hf.load(**named, dtype=dtype)
     if config["length"] > (limit := model.config.max_position_embeddings):
         raise ValueError(f"length={config['length']}: the model takes {limit} tokens at most")
     if (architecture := type(model).__name__) not in ARCHITECTURES:

@@ -94,7 +94,7 @@ def arms(config: dict[str, Any]) -> Iterator[Problem]:
         elif not re.fullmatch(r"\w+", name):
             yield Problem(f"arms.{name}", "an arm's name is made of letters, digits and underscores")
         yield from _method(node, f"arms.{name}")
-    for where in ("init.method", "adapter.then"):
+    for where in ("method", "init.method", "adapter.then"):
         yield from _method(at(config, where), where)
 
 
@@ -102,6 +102,8 @@ def _method(node: Any, where: str) -> Iterator[Problem]:
     target = at(node, "_target_")
     if isinstance(target, str) and target.startswith("qat.") and not target.startswith(METHODS):
         yield Problem(f"{where}._target_", f"{target} is no PTQ method; those live in qat.ptq")
+    if at(node, "then") is not None:
+        yield from _method(at(node, "then"), f"{where}.then")
 
 
 def settled(config: dict[str, Any]) -> Iterator[Problem]:

@@ -76,8 +76,18 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
 
 
 def _ptq(methods: dict[str, Any]) -> list[str]:
-    """The arms that QAT is judged against: block-wise training is one of its own kind."""
-    return [name for name, method in methods.items() if method["_target_"].startswith("qat.ptq.")]
+    """The arms that QAT is judged against: AutoRound too; other block-wise training, after a method as well, is QAT."""
+    return [name for name, method in methods.items() if all(_is_ptq(step) for step in _chain(method))]
+
+
+def _is_ptq(method: dict[str, Any]) -> bool:
+    return method["_target_"].startswith("qat.ptq.") or bool(method.get("signed"))
+
+
+def _chain(method: dict[str, Any]) -> list[dict[str, Any]]:
+    """A method, the one that goes on after it, and so forth."""
+    then = method.get("then")
+    return [method, *(_chain(then) if then else [])]
 
 
 def _introduce(bench: Workbench) -> None:

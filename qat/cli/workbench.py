@@ -136,7 +136,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     dtype = getattr(torch, config["export"]["dtype"])
     recipe: Recipe = instantiate(config["recipe"], _convert_="all")
     named = config["model"]
-    model, tokenizer = hf.load(named["name"], named["path"], named["revision"], dtype)
+    model, tokenizer = hf.load(**named, dtype=dtype)
     plan = match(model, recipe)
     for row in plan.rows:
         if row.weight is not None and (name := config["format"]["name"]) != "none":

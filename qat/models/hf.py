@@ -75,7 +75,11 @@ def is_gguf(path: Path) -> bool:
 
 
 def load(
-    name: str = DEMO, path: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.bfloat16
+    name: str = DEMO,
+    path: str | None = None,
+    revision: str | None = None,
+    untie: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A full-precision model on the CPU in eval mode, and its tokenizer.
 
@@ -83,6 +87,8 @@ def load(
         name: See `find`.
         path: See `find`.
         revision: Branch, tag or commit of a hub repository.
+        untie: Whether a head that is tied to the embedding gets a matrix of its own, of the same values: the file then
+            holds both, and they can part.
         dtype: Storage dtype: parameters are fp32 and hold its values.
 
     Raises:
@@ -107,6 +113,8 @@ def load(
         raise ValueError(f"{source}: quantized already; qat starts from full precision")
     _check_complete(source, found)
     model.config.use_cache = False
+    if untie:
+        _untie(model)
     _round(model, dtype)
     return model.eval(), tokenizer
 
@@ -115,6 +123,13 @@ def _check_complete(source: str, found: dict[str, Any]) -> None:
     """transformers fills what a file lacks with random numbers, and only warns."""
     if lost := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise ValueError(f"{source}: tensor {lost[0]} is missing or has another shape ({len(lost)} in all)")
+
+
+def _untie(model: PreTrainedModel) -> None:
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 @torch.no_grad()

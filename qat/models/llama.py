@@ -16,4 +16,5 @@ LLAMA = Structure(
         Smoothing("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
         Smoothing("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),  # exact: SwiGLU is linear in `up`
     ),
+    norm="model.norm",
 )

@@ -29,8 +29,12 @@ class Structure:
         blocks: Path of the list of decoder blocks.
         stages: Linears of a block in the order in which data flows; those of one stage share their input.
         smoothings: Where scales can be folded, in the order in which AWQ searches them.
+        norm: Path of the norm behind the last block.
+        offset: What norms add to their weight before they multiply by it: 1 in Gemma.
     """
 
     blocks: str
     stages: tuple[tuple[str, ...], ...]
     smoothings: tuple[Smoothing, ...]
+    norm: str
+    offset: float = 0.0

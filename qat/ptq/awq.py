@@ -4,15 +4,15 @@ Legend: O out-features, I in-features, T tokens. A scale s[I] multiplies the col
 output channels of what feeds them, so the function stays. Deviations from the paper's code: the identity is always a
 candidate, so no mapping ends worse than round to nearest; where a norm absorbs 1/s, the scale is taken that the norm's
 *rounded* weight absorbs, so folding is exact in what is stored; the value-to-output mapping is served under
-grouped-query attention too, with scales shared by the heads that read one value head; clipping is judged by every
-token, through the Gram matrix of each group, not by a sample of them.
+grouped-query attention too, with scales shared by the heads that read one value head. `awq_clip.py` says its own.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,19 @@ from transformers import PreTrainedModel
 from qat.models.families import structure_of
 from qat.models.structure import Smoothing
 from qat.nn.observers.base import Observer
-from qat.numerics.affine import dequantize, divisor, qparams, quantize, ranges
+from qat.numerics.affine import divisor, qparams, quantize
 from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme
+from qat.ptq.awq_clip import clipped_range, clips
 from qat.ptq.base import OUTSIDE, nearest, outside, rows, targets
+from qat.surgery.fold import absorbed, fold, foldable
 from qat.surgery.match import match
 from qat.surgery.prepare import families
 from qat.surgery.walk import Block, Changes, walk
 
-CLIP_EXEMPT = ("q_proj", "k_proj")  # their outputs meet in a softmax: an error of one alone says little
-CLIP_FACTORS = tuple(1 - i / 20 for i in range(10))
+Duo = bool | Literal["both"]
+KINDS: dict[Duo, tuple[bool, ...]] = {True: (True,), False: (False,), "both": (True, False)}
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def awq(
     *,
     observer: Observer,
     grid: int = 20,
-    duo_scaling: bool = True,
+    duo_scaling: Duo = True,
     clip: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     store: Path | None = None,
@@ -58,39 +60,43 @@ def awq(
         batches: Calibration token ids, `[B, T]` each, without padding.
         observer: Finds ranges of the scaled weights.
         grid: Ratios between 0 and 1, both included, that are tried beside the identity.
-        duo_scaling: `s = x^r / w^(1-r)`, with the relative magnitude of weights as well; else `s = x^r` (the paper).
-        clip: Whether ranges are then clipped to what keeps each group's output best.
+        duo_scaling: True: `s = x^r / w^(1-r)`, with the relative magnitude of weights as well; False: `s = x^r` (the
+            paper); `both`: candidates of both kinds.
+        clip: Whether ranges are then clipped to what keeps each group's output best; those of queries and keys are not.
         dtype: Storage dtype of scales and folded tensors.
         store: See `walk`.
         progress: See `walk`.
 
     Returns:
-        Changes; `layers` has a row for each mapping with `loss`, `identity` (the loss of round to nearest), `ratio`
-        (None: the identity won), `fallback` (None) and `seconds`; and one for each module outside of the blocks, with
-        its `fallback`.
+        Changes; `layers` has a row for each mapping with `loss`, `identity` (the loss of round to nearest), `ratio` and
+        `duo` (None: the identity won), `fallback` (None) and `seconds`; and one for each module outside of the blocks,
+        with its `fallback`.
 
     Raises:
-        ValueError: The family is not known, the recipe does not fit, or activations are not finite.
+        ValueError: The family is not known, the recipe does not fit, activations are not finite, or `duo_scaling` is no
+            such word.
     """
+    if duo_scaling not in KINDS:
+        raise ValueError(f"duo_scaling={duo_scaling!r}: one of true, false, both")
     plan, structure = match(model, recipe), structure_of(model.config.model_type)
-    search, together = Search(observer, grid, duo_scaling, dtype), families(model, plan.quantized)
+    search, together = Search(observer, grid, duo_scaling, dtype, structure.offset), families(model, plan.quantized)
 
     def visit(block: Block) -> Changes:
         schemes, changes = targets(block, plan), Changes()
         weights = {name: block.module.get_parameter(f"{name}.weight").to(torch.float32, copy=True) for name in schemes}
-        heard = Heard.of(block, list(schemes), [s.inspect for s in structure.smoothings], clip)
+        inspected, clipped = [s.inspect for s in structure.smoothings], [*filter(clips, schemes)] if clip else []
+        heard = Heard.of(block, list(schemes), inspected, clipped)
         for smoothing in structure.smoothings:
-            if search.foldable(block, smoothing, weights):
+            if foldable(block, smoothing, weights):
                 row, scales = search.smooth(block, smoothing, schemes, weights, heard)
                 changes.layers.append(row)
                 if scales is not None:
-                    changes.folded |= fold(block, smoothing, weights, scales, dtype)
+                    changes.folded |= fold(block, smoothing, weights, scales, dtype, structure.offset)
                     heard.scale(smoothing.linears, scales)
         for name, scheme in schemes.items():
-            gram = heard.grams.get(name) if clip and not name.endswith(CLIP_EXEMPT) else None
             full = f"{block.name}.{name}"
             g = divisor((weights[n.removeprefix(f"{block.name}.")] for n in together[full]), scheme)
-            changes.tensors[full] = _round(weights[name], scheme, observer, dtype, g, gram)
+            changes.tensors[full] = _round(weights[name], scheme, observer, dtype, g, heard.grams.get(name))
         return changes
 
     changes = walk(model, batches, structure.blocks, visit, False, recipe, store, progress)
@@ -113,8 +119,14 @@ class Heard:
     calls: dict[str, list[tuple[Any, Any, Tensor]]] = field(default_factory=dict)
 
     @staticmethod
-    def of(block: Block, linears: list[str], inspected: list[str], grams: bool) -> "Heard":
+    def of(block: Block, linears: list[str], inspected: list[str], grams: list[str]) -> "Heard":
         """Runs the block on all of its inputs.
+
+        Args:
+            block: The block, in full precision.
+            linears: Linears whose inputs are heard.
+            inspected: Modules whose calls are kept.
+            grams: Linears whose Gram matrices are asked for.
 
         Raises:
             ValueError: A linear's input is not finite.
@@ -128,7 +140,7 @@ class Heard:
                 if name in counts:
                     x = rows(args[0]).float()
                     heard.x_mean[name] = heard.x_mean.get(name, 0) + x.abs().sum(0)
-                    if grams:
+                    if name in grams:
                         heard.grams[name] = heard.grams.get(name, 0) + x.T @ x
                     counts[name] += len(x)
 
@@ -144,7 +156,7 @@ class Heard:
                 handle.remove()
         for name, count in counts.items():
             heard.x_mean[name] = heard.x_mean[name] / count
-            if grams:
+            if name in grams:
                 heard.grams[name] = heard.grams[name] / count
             if not bool(torch.isfinite(heard.x_mean[name]).all()):
                 raise ValueError(f"{block.name}.{name}: its inputs are not finite on the calibration data")
@@ -162,13 +174,9 @@ class Search:
 
     observer: Observer
     grid: int
-    duo_scaling: bool
+    duo_scaling: Duo
     dtype: torch.dtype
-
-    def foldable(self, block: Block, smoothing: Smoothing, weights: dict[str, Tensor]) -> bool:
-        """Whether nothing that stays unquantized would have to absorb scales into a stored, rounded matrix."""
-        previous = block.module.get_submodule(smoothing.previous)
-        return all(name in weights for name in (*smoothing.linears, *_linear(smoothing.previous, previous)))
+    offset: float
 
     def smooth(
         self,
@@ -194,19 +202,25 @@ class Search:
             error = (_first(inspect(*args, **kwargs)).float() - output.float() for args, kwargs, output in calls)
             return torch.stack([e.square().sum(dtype=torch.float64) for e in error]).sum()
 
-        ratios = [None, *(k / max(self.grid - 1, 1) for k in range(self.grid))]
-        tried = [None if r is None else candidate(x_mean, w_mean, r, self.duo_scaling) for r in ratios]
-        tried = [None if s is None else absorbed(block, smoothing, s, self.dtype) for s in tried]
-        sums = torch.stack([loss(torch.ones_like(x_mean) if s is None else s) for s in tried])
+        ratios = [k / max(self.grid - 1, 1) for k in range(self.grid)]
+        knobs: list[Any] = [(None, None), *((ratio, duo) for duo in KINDS[self.duo_scaling] for ratio in ratios)]
+        tried = [torch.ones_like(x_mean)]  # the identity
+        for ratio, duo in knobs[1:]:
+            wanted = candidate(x_mean, w_mean, ratio, duo)
+            tried.append(absorbed(block, smoothing, wanted, self.dtype, self.offset))
+        sums = torch.stack([loss(scales) for scales in tried])
         losses = (sums / sum(output.numel() for _, _, output in calls)).tolist()  # a GPU's host waits once
-        identity, best = losses[0], min(losses)  # the identity, if no other is better
-        ratio, scales = ratios[losses.index(best)], tried[losses.index(best)]
-        for name, linear in linears.items():
-            linear.weight.copy_(weights[name])  # type: ignore[operator]
-        seconds = time.monotonic() - start
         name = f"{block.name}.{smoothing.previous} -> {', '.join(smoothing.linears)}"
-        row = {"name": name, "loss": best, "identity": identity, "ratio": ratio, "fallback": None, "seconds": seconds}
-        return row, scales
+        identity, best = losses[0], min(losses)  # the identity, if no other is better
+        if not math.isfinite(identity):
+            raise ValueError(f"{name}: rounded to nearest, its output is not finite on the calibration data")
+        assert best <= identity, f"{name}: worse than round to nearest"
+        index = losses.index(best)
+        (ratio, duo), scales = knobs[index], tried[index] if index else None
+        for linear_name, linear in linears.items():
+            linear.weight.copy_(weights[linear_name])  # type: ignore[operator]
+        row = {"name": name, "loss": best, "identity": identity, "ratio": ratio, "duo": duo, "fallback": None}
+        return {**row, "seconds": time.monotonic() - start}, scales
 
 
 def candidate(x_mean_I: Tensor, w_mean_I: Tensor, ratio: float, duo_scaling: bool) -> Tensor:
@@ -228,71 +242,6 @@ def relative_magnitude(weights: dict[str, Tensor], schemes: dict[str, Scheme]) -
     return torch.cat(parts).mean(0)
 
 
-def absorbed(block: Block, smoothing: Smoothing, scales_I: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scales nearest to the wanted ones that what comes before the linears can absorb.
-
-    A value projection has one channel for several query heads: they take the geometric mean of what they want. A norm's
-    weight is rounded to the storage dtype: the scale is what that rounding makes of it. A linear is quantized after the
-    folding, so it absorbs anything.
-    """
-    previous = block.module.get_submodule(smoothing.previous)
-    if isinstance(previous, nn.Linear):
-        if not smoothing.repeats:
-            return scales_I
-        heads = _per_head(block, smoothing, scales_I, previous.out_features)
-        return heads.log().mean(1, keepdim=True).exp().expand_as(heads).reshape(-1)
-    weight = block.module.get_parameter(f"{smoothing.previous}.weight").float()
-    effective = weight / (weight / scales_I).to(dtype).float()
-    return torch.where(torch.isfinite(effective) & (effective > 0), effective, torch.ones_like(effective))
-
-
-def fold(
-    block: Block, smoothing: Smoothing, weights: dict[str, Tensor], scales_I: Tensor, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Multiplies the linears by the scales and divides what comes before, in the block and in `weights`.
-
-    Returns:
-        The stored tensors that changed: a norm's weight or a linear's bias, under its absolute name.
-    """
-    module, changed = block.module, {}
-    for name in smoothing.linears:
-        weights[name] *= scales_I
-    previous = module.get_submodule(smoothing.previous)
-    if isinstance(previous, nn.Linear):
-        inverse = scales_I
-        if smoothing.repeats:
-            inverse = _per_head(block, smoothing, scales_I, previous.out_features)[:, 0].reshape(-1)
-        weights[smoothing.previous] /= inverse[:, None]
-        if previous.bias is not None:
-            changed["bias"] = (previous.bias / inverse).to(dtype)
-    else:
-        changed["weight"] = (module.get_parameter(f"{smoothing.previous}.weight") / scales_I).to(dtype)
-    for name in (*smoothing.linears, *_linear(smoothing.previous, previous)):
-        module.get_parameter(f"{name}.weight").copy_(weights[name])
-    for key, value in changed.items():
-        module.get_parameter(f"{smoothing.previous}.{key}").copy_(value)
-    return {f"{block.name}.{smoothing.previous}.{key}": value for key, value in changed.items()}
-
-
-def clipped_range(
-    weight_OI: Tensor, gram_II: Tensor, scheme: Scheme, dtype: torch.dtype, g: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """For every group, the shrunken range that keeps `E (x_g . dw_g)^2` smallest (the paper's code, `auto_clip`)."""
-    lo, hi = ranges(weight_OI, scheme)
-    columns = weight_OI.shape[1] // (lo.shape[1] if lo.dim() == 2 else 1)
-    grams = torch.stack([g[:, i * columns :][:, :columns] for i, g in enumerate(gram_II.split(columns))])
-    best, best_factor = torch.full_like(lo, torch.inf), torch.ones_like(lo)
-    for factor in CLIP_FACTORS:
-        scale, zero_point = qparams(lo * factor, hi * factor, scheme, dtype, g)
-        codes = quantize(weight_OI, scale, zero_point, scheme.grid, g)
-        rounded = dequantize(codes, scale, zero_point, torch.float32, scheme.grid, g)
-        change = (rounded - weight_OI).view(len(weight_OI), -1, columns)
-        error = (torch.einsum("ogi,gij->ogj", change, grams) * change).sum(-1).reshape(lo.shape[0], -1)
-        error = error.sum(0, keepdim=True).reshape(lo.shape) if lo.dim() == 1 else error
-        best, best_factor = torch.where(error < best, error, best), torch.where(error < best, factor, best_factor)
-    return lo * best_factor, hi * best_factor
-
-
 def _round(
     weight: Tensor,
     scheme: Scheme,
@@ -305,21 +254,10 @@ def _round(
     if gram is None:
         found = observer.observe(weight, scheme, dtype, g)
     else:
-        found = clipped_range(weight, gram, scheme, dtype, g)
+        found = clipped_range(weight, gram, scheme, observer, dtype, g)
     scale, zero_point = qparams(*found, scheme, dtype, g, check)
     codes = quantize(weight, scale, zero_point, scheme.grid, g)
     return QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape), g)
-
-
-def _per_head(block: Block, smoothing: Smoothing, scales_I: Tensor, channels: int) -> Tensor:
-    """Scales of the query side as `[value heads, query heads that share one, head]`."""
-    attention = block.module.get_submodule(smoothing.previous.rpartition(".")[0])
-    head: int = attention.head_dim  # type: ignore[assignment]
-    return scales_I.view(channels // head, -1, head)
-
-
-def _linear(name: str, module: nn.Module) -> tuple[str, ...]:
-    return (name,) if isinstance(module, nn.Linear) else ()
 
 
 def _first(output: Any) -> Tensor:

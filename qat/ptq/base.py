@@ -1,22 +1,30 @@
-"""What PTQ methods share: which linears of a block they quantize, what they listen to, and what they round plainly."""
+"""What PTQ methods share: which linears of a block they quantize, what they listen to, what they round plainly.
+
+And how a method that moves a model's tensors, its function kept, ends with another one that rounds them: `onwards`.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qat.nn.observers.base import Observer
 from qat.numerics.affine import divisor, quantize
 from qat.numerics.metrics import sqnr
 from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme
-from qat.surgery.match import Plan
+from qat.surgery.convert import apply
+from qat.surgery.match import Plan, match
 from qat.surgery.prepare import families
 from qat.surgery.walk import Block, Changes
 
+Method = Callable[..., Changes]  # (model, recipe, batches, *, ..., dtype, store, progress)
 OUTSIDE = "outside of the decoder blocks, where the method does not work"
 
 
@@ -70,6 +78,49 @@ def nearest(
         row: dict[str, Any] = {"name": name, "sqnr_db": sqnr(weight, tensor.dequantize(torch.float32))}
         row |= {} if fallback is None else {"fallback": fallback}
         changes.layers.append({**row, "seconds": time.monotonic() - start})
+    return changes
+
+
+@torch.no_grad()
+def onwards(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    batches: list[Tensor],
+    moved: Mapping[str, Tensor],
+    then: Method | None,
+    observer: Observer,
+    dtype: torch.dtype,
+    store: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> Changes:
+    """Rounds a model whose function somebody kept while moving its tensors: what SmoothQuant and rotations end with.
+
+    Args:
+        model: The model as it was; left as it is.
+        recipe: Module name to scheme.
+        batches: Calibration token ids.
+        moved: Parameter name to changed tensor. What the recipe leaves unquantized is rounded to the storage dtype;
+            what it quantizes, to nothing narrower than the model's own dtype.
+        then: The method that rounds; None: to nearest.
+        observer: Finds the ranges of the latter.
+        dtype: Storage dtype.
+        store: `then` keeps what it keeps in a folder below it.
+        progress: For `then`.
+
+    Returns:
+        What the method found; `folded` holds what was moved and is not quantized, too.
+    """
+    quantized = match(model, recipe).quantized
+    folded = {name: value.to(dtype) for name, value in moved.items() if name.removesuffix(".weight") not in quantized}
+    seen = apply(model, {}, {**moved, **folded})
+    if then is None:
+        found = nearest(seen, quantized, observer, dtype)
+    else:
+        below = None if store is None else store / "then"
+        found = then(seen, recipe, batches, dtype=dtype, store=below, progress=progress)
+    assert found.tensors.keys() == quantized.keys(), "a method rounds what the recipe quantizes, all of it"
+    changes = Changes(folded=folded)
+    changes.add(found)
     return changes
 
 

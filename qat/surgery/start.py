@@ -2,13 +2,14 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from qat.kernels.fake_quant import served_zero
 from qat.nn.fake_quantize import FakeQuantize
 from qat.numerics.grid import IntGrid
 from qat.numerics.scheme import is_input_scale
 from qat.surgery.changes import Changes
-from qat.surgery.prepare import fake_quants
+from qat.surgery.prepare import Stored, fake_quants
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def start_from(student: nn.Module, changes: Changes) -> None:
         linears[name].weight_fake_quant.take(tensor.scale, tensor.zero_point, tensor.global_scale)
     for name, value in changes.folded.items():
         if not is_input_scale(name):  # those are part of the state, or will be calibrated
-            _master(student, name).copy_(value)
+            _take(student, name, value)
     _load(student, changes.state)
     for name, tensor in changes.tensors.items():
         quant = linears[name].weight_fake_quant
@@ -58,11 +59,15 @@ def _load(student: nn.Module, state: dict[str, Tensor]) -> None:
         quant.zero_point.copy_(served_zero(quant.zero_point, step, quant.scheme.grid))
 
 
-def _master(model: nn.Module, name: str) -> Tensor:
-    """The fp32 parameter behind a name of the full-precision model."""
+def _take(student: nn.Module, name: str, value: Tensor) -> None:
+    """Gives a parameter of the full-precision model its new value, if it trains the master behind it.
+
+    One that does not train (a rotated embedding) enters the forward rounded as well, by which `convert` knows it.
+    """
     owner, _, key = name.rpartition(".")
-    parameters = dict(model.named_parameters())
-    for found in (f"{owner}.parametrizations.{key}.original", name):
-        if found in parameters:
-            return parameters[found]
-    raise ValueError(f"{name}: changed by the method, but the prepared model has no such parameter")
+    parameters, master = dict(student.named_parameters()), f"{owner}.parametrizations.{key}.original"
+    if master not in parameters:
+        if name not in parameters:
+            raise ValueError(f"{name}: changed by the method, but the prepared model has no such parameter")
+        parametrize.register_parametrization(student.get_submodule(owner), key, Stored(value.dtype), unsafe=True)
+    student.get_parameter(master).copy_(value)

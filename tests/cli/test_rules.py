@@ -55,6 +55,10 @@ def said(config, recipe=None):
             "init.method._target_: qat.nn.estimators.LSQ is no PTQ",
         ),
         (
+            {"method": {"_target_": "qat.ptq.smoothquant.smoothquant", "then": {"_target_": "qat.nn.estimators.LSQ"}}},
+            "method.then._target_: qat.nn.estimators.LSQ is no PTQ",
+        ),
+        (
             {
                 "schedule": {"start": 0, "freeze": 2},
                 "init": {"method": {"_target_": "qat.ptq.gptq.gptq"}},

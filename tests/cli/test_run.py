@@ -45,6 +45,16 @@ def start(root, tmp_path, monkeypatch, capsys):
     return go
 
 
+def test_block_wise_training_is_no_ptq_arm_even_after_a_rotation():
+    ptq, trained = {"_target_": "qat.ptq.gptq.gptq"}, {"_target_": "qat.training.blockwise.blockwise"}
+    rotate = {"_target_": "qat.ptq.rotate.rotate"}
+    methods = {"a": ptq, "b": trained, "c": rotate | {"then": None}, "d": rotate | {"then": ptq},
+               "e": rotate | {"then": trained}, "f": rotate | {"then": rotate | {"then": trained}}}  # fmt: skip
+    assert run._ptq(methods) == ["a", "c", "d"]
+    methods["e"] = {"_target_": "qat.training.blockwise.blockwise", "signed": True}  # AutoRound
+    assert run._ptq(methods) == ["a", "c", "d", "e"]
+
+
 def test_the_summary_has_the_documented_keys(finished):
     summary = load(finished.path)
     assert list(summary["arms"]) == ARMS

@@ -41,6 +41,14 @@ def test_a_tied_pair_in_eight_bits(finish):
     assert "tied to model.embed_tokens, shares its codes" in run.out
 
 
+def test_training_from_a_rotated_model_serves_what_it_trained(finish):
+    """The embedding does not train, and is none of the model's: it was rotated."""
+    run = finish("train", "init=rotate", "+method@init.method.then=gptq", "model.untie=true", "trainer.max_steps=1")
+    assert json.loads((run.path / "summary.json").read_text())["export"]["verified"]
+    checkpoint = compressed_tensors.load(run.path / "export" / "compressed_tensors")
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(checkpoint.plain)
+
+
 def test_cross_entropy_alone_needs_no_teacher_and_recovers_against_no_distilled_reference(finish):
     run = finish("train", "loss=ce", "trainer.max_steps=1")
     summary = json.loads((run.path / "summary.json").read_text())

@@ -5,6 +5,7 @@ import torch
 from tiny import byte_tokenizer, tiny
 from tiny_export import export
 
+from qat.formats.base import unquantized_state, write_directory
 from qat.models import hf
 
 
@@ -26,6 +27,23 @@ def test_parameters_are_fp32_and_hold_values_of_the_storage_dtype(directory, dty
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter.to(dtype).float(), parameter)
+
+
+def test_an_untied_head_has_a_matrix_of_its_own_in_the_file_too(directory, tmp_path):
+    tied, _ = hf.load(path=str(directory))
+    model, tokenizer = hf.load(path=str(directory), untie=True)
+    head, table = model.lm_head.weight, model.model.embed_tokens.weight
+    assert head is not table
+    assert torch.equal(head, table)
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(input_ids=ids).logits, tied(input_ids=ids).logits)
+    with torch.no_grad():
+        head[5] = 1.0
+    state = unquantized_state(model, {}, {}, torch.bfloat16)
+    assert state.keys() - unquantized_state(tied, {}, {}, torch.bfloat16).keys() == {"lm_head.weight"}
+    write_directory(tmp_path / "untied", model, tokenizer, state, None, torch.bfloat16)
+    again, _ = hf.load(path=str(tmp_path / "untied"))
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_path_that_is_missing_or_no_model_is_named(tmp_path):

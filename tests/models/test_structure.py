@@ -16,6 +16,7 @@ def test_every_name_exists_and_shapes_fit():
         wanted = block.get_submodule(smoothing.linears[0]).in_features
         assert block.get_submodule(smoothing.inspect) is not None
         assert (wanted == channels) != (smoothing.repeats and wanted != channels)
+    assert model.get_parameter(f"{structure.norm}.weight").shape == (model.config.hidden_size,)
 
 
 def test_stages_cover_every_linear_of_a_block_in_the_order_of_the_data():
@@ -36,4 +37,4 @@ def test_stages_cover_every_linear_of_a_block_in_the_order_of_the_data():
 def test_unknown_families_are_refused_by_name():
     with pytest.raises(ValueError, match="'gpt2' is not described"):
         structure_of("gpt2")
-    assert set(STRUCTURES) == {"llama", "mistral", "qwen2", "qwen3"}
+    assert set(STRUCTURES) == {"llama", "mistral", "qwen2", "qwen3", "gemma"}

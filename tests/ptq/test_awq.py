@@ -5,15 +5,14 @@ import copy
 import pytest
 import torch
 from tiny import recipe, scheme, tiny
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qat.models.llama import LLAMA
 from qat.nn.observers.minmax import MinMax
+from qat.nn.observers.mse import MSE
 from qat.numerics.recipe import Recipe, Rule
-from qat.ptq.awq import absorbed, awq, candidate, clipped_range, fold
+from qat.ptq.awq import awq, candidate
 from qat.ptq.rtn import rtn
 from qat.surgery.convert import apply
-from qat.surgery.walk import Block
 
 
 def batches(n=4, length=24):
@@ -33,69 +32,12 @@ def uneven():
     return model
 
 
-def block_of(model, index=0):
-    return Block(f"model.layers.{index}", copy.deepcopy(model.model.layers[index]), [], [], model.model.layers[index])
-
-
-@pytest.mark.parametrize("smoothing", LLAMA.smoothings, ids=lambda s: s.previous)
-@pytest.mark.parametrize("biased", [False, True])
-def test_folding_leaves_the_function_alone(smoothing, biased):
-    """In fp64 and without quantization the logits do not move; GQA and biases included."""
-    if biased:
-        config = Qwen2Config(
-            vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.2,
-        )  # fmt: skip
-        model = Qwen2ForCausalLM(config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    parameter.normal_()
-    else:
-        model = tiny()
-    model = model.double()
-    ids = torch.randint(0, 256, (2, 16))
-    before = model(input_ids=ids).logits
-    block = Block("model.layers.0", model.model.layers[0], [], [], model.model.layers[0])
-    names = {n for s in LLAMA.smoothings for n in s.linears}
-    weights = {n: block.module.get_parameter(f"{n}.weight").detach().clone() for n in names}
-    size = weights[smoothing.linears[0]].shape[1]
-    scales = absorbed(block, smoothing, torch.rand(size) * 3 + 0.2, torch.float64).double()
-    assert scales.std() > 0.1
-    with torch.no_grad():
-        fold(block, smoothing, weights, scales, torch.float64)
-    assert torch.allclose(model(input_ids=ids).logits, before, rtol=0, atol=1e-9)
-
-
-def test_a_norm_absorbs_exactly_what_its_rounded_weight_says():
-    model = tiny()
-    block, smoothing = block_of(model), LLAMA.smoothings[0]
-    wanted = torch.rand(64) * 3 + 0.2
-    scales = absorbed(block, smoothing, wanted, torch.bfloat16)
-    assert torch.allclose(scales, wanted, rtol=2**-8)
-    weights = {n: block.module.get_parameter(f"{n}.weight").clone() for n in smoothing.linears}
-    old = block.module.input_layernorm.weight.clone()
-    with torch.no_grad():
-        changed = fold(block, smoothing, weights, scales, torch.bfloat16)
-    stored = changed["model.layers.0.input_layernorm.weight"]
-    assert stored.dtype == torch.bfloat16
-    assert torch.allclose(stored.float() * scales, old, rtol=1e-6)
-
-
-def test_a_value_channel_takes_the_geometric_mean_of_what_its_query_heads_want():
-    model = tiny()
-    block, smoothing = block_of(model), next(one for one in LLAMA.smoothings if one.repeats)
-    wanted = torch.rand(64) * 3 + 0.2
-    scales = absorbed(block, smoothing, wanted, torch.float64).reshape(2, 2, 16)  # kv heads, queries of each, channels
-    heads = wanted.reshape(2, 2, 16)
-    assert torch.equal(scales[:, 0], scales[:, 1])
-    assert torch.allclose(scales[:, 0], (heads[:, 0] * heads[:, 1]).sqrt())
-
-
-def test_no_mapping_ends_worse_than_rtn_and_the_model_is_left_alone():
+@pytest.mark.parametrize("observer", [MinMax(), MSE(10, 0.5)], ids=["minmax", "mse"])
+@pytest.mark.parametrize("duo", [True, False, "both"])
+def test_no_mapping_ends_worse_than_rtn_and_the_model_is_left_alone(duo, observer):
     model = uneven()
     before = copy.deepcopy(model.state_dict())
-    changes = awq(model, recipe(3), batches(), observer=MinMax(), grid=6)
+    changes = awq(model, recipe(3), batches(), observer=observer, grid=4, duo_scaling=duo)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert len(changes.layers) == 2 * len(LLAMA.smoothings)
     assert all(row["loss"] <= row["identity"] for row in changes.layers)
@@ -105,6 +47,22 @@ def test_no_mapping_ends_worse_than_rtn_and_the_model_is_left_alone():
         "post_attention_layernorm",
     }
     assert all(v.dtype == torch.bfloat16 for v in changes.folded.values())
+
+
+def test_candidates_of_both_kinds_are_no_worse_than_those_of_one():
+    """Of the first mapping, which sees the same inputs in all three searches."""
+    data, losses = batches(), {}
+    for duo in (True, False, "both"):
+        row = awq(uneven(), recipe(3), data, observer=MinMax(), grid=4, duo_scaling=duo).layers[0]
+        losses[duo] = row["loss"]
+        assert row["duo"] in (None, True, False) if duo == "both" else row["duo"] in (None, duo)
+    assert losses["both"] == min(losses[True], losses[False])
+    assert losses[True] != losses[False]
+
+
+def test_an_unknown_kind_of_scaling_is_refused():
+    with pytest.raises(ValueError, match="duo_scaling='maybe': one of true, false, both"):
+        awq(tiny(), recipe(), batches(), observer=MinMax(), duo_scaling="maybe")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -143,22 +101,12 @@ def test_end_to_end_the_output_is_kept_better_than_by_rtn():
     assert errors[True] != errors[False]
 
 
-def test_a_clipped_range_never_loses_to_the_full_one():
-    weight, x = torch.randn(16, 64), torch.randn(100, 64) @ torch.randn(64, 64)
-    gram = x.T @ x / 100
-    for s in (scheme(2), scheme(3), scheme(3, symmetric=False)):
-        lo, hi = clipped_range(weight, gram, s, torch.bfloat16)
-        from qat.numerics.affine import dequantize, qparams, quantize, ranges
-
-        errors = []
-        for bounds in ((lo, hi), ranges(weight, s)):
-            scale, zero = qparams(*bounds, s, torch.bfloat16)
-            change = (dequantize(quantize(weight, scale, zero, s.grid), scale, zero, torch.float32) - weight).view(
-                16, 2, 32
-            )
-            errors.append(torch.stack([(x.view(100, 2, 32)[:, g] @ change[:, g].T).square().mean(0) for g in (0, 1)]))
-        assert bool((errors[0] <= errors[1] * (1 + 1e-4)).all())
-        assert errors[0].sum() < 0.95 * errors[1].sum()
+def test_clipping_touches_neither_queries_nor_keys():
+    data, found = batches(), {}
+    for clip in (False, True):
+        found[clip] = awq(tiny(), recipe(2), data, observer=MinMax(), grid=2, clip=clip).tensors
+    moved = {n for n, t in found[True].items() if not torch.equal(t.scale, found[False][n].scale)}
+    assert moved == {n for n in found[True] if not n.endswith(("q_proj", "k_proj"))}
 
 
 def test_candidates_are_centred_and_finite():

@@ -9,7 +9,7 @@ from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 from qat.ptq.awq import awq
-from qat.ptq.base import listening, rows, targets
+from qat.ptq.base import listening, onwards, rows, targets
 from qat.ptq.gptq import gptq
 from qat.ptq.rtn import rtn
 from qat.surgery.convert import apply
@@ -106,3 +106,27 @@ def test_rows_are_tokens_in_order():
     x = torch.arange(24).reshape(2, 3, 4)
     assert torch.equal(rows(x), torch.stack([x[0, 0], x[0, 1], x[0, 2], x[1, 0], x[1, 1], x[1, 2]]))
     assert torch.equal(rows(x[0]), x[0])
+
+
+def test_what_somebody_moved_is_rounded_as_the_recipe_says_and_the_rest_is_folded():
+    model = tiny()
+    up, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+    moved = {up: torch.randn(128, 64), norm: torch.randn(64)}
+    other = apply(model, {}, {up: moved[up], norm: moved[norm].bfloat16()})
+    for then in (None, lambda *args, **knobs: rtn(*args, observer=MinMax(), **knobs)):
+        found = onwards(model, recipe(), [], moved, then, MinMax(), torch.bfloat16, None, None)
+        expected = rtn(other, recipe(), [], observer=MinMax()).tensors
+        assert found.folded.keys() == {norm}
+        assert torch.equal(found.folded[norm], moved[norm].bfloat16())
+        assert found.tensors.keys() == expected.keys()
+        assert all(torch.equal(found.tensors[name].codes, tensor.codes) for name, tensor in expected.items())
+
+
+def test_a_method_that_goes_on_keeps_its_blocks_in_a_folder_of_its_own(tmp_path):
+    model, batches = tiny(), [torch.randint(0, 256, (2, 24))]
+
+    def then(*args, **knobs):
+        return gptq(*args, observer=MinMax(), **knobs)
+
+    onwards(model, recipe(), batches, {}, then, MinMax(), torch.bfloat16, tmp_path, None)
+    assert [file.parent.name for file in tmp_path.rglob("block-*")] == ["then", "then"]

@@ -12,6 +12,7 @@ from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import E8M0
 from qat.ptq.awq import awq
 from qat.ptq.gptq import gptq
+from qat.ptq.rotate import rotate
 from qat.ptq.rtn import rtn
 from qat.surgery.changes import Changes
 from qat.surgery.convert import apply, convert
@@ -49,6 +50,26 @@ def test_step_0_has_exactly_the_methods_codes(method, rule):
     assert all(torch.equal(folded[name], value) for name, value in changes.folded.items())
     served = apply(model, changes.tensors, changes.folded)
     assert torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_that_was_moved_and_does_not_train_is_converted(tied):
+    """A rotated embedding is frozen, but it is not the model's."""
+    model, student = tiny(tied=tied), tiny(tied=tied)
+    for one in (model, student):
+        one.model.norm.weight.data.fill_(1.0)
+    changes = rotate(model, recipe(3), BATCHES, observer=MinMax())
+    assert torch.equal(model.lm_head.weight, student.lm_head.weight)
+    prepare(student, recipe(3), MSE(4), LSQ())
+    start_from(student, changes)
+    tensors, folded = convert(student)
+    assert folded.keys() >= changes.folded.keys() >= {"model.embed_tokens.weight"}
+    assert all(torch.equal(folded[name], value) for name, value in changes.folded.items())
+    served = apply(model, tensors, folded)
+    assert torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
+    student(input_ids=IDS).logits.square().mean().backward()
+    assert [name for name, p in student.named_parameters() if p.requires_grad != (p.grad is not None)] == []
+    assert not student.model.embed_tokens.parametrizations.weight.original.requires_grad
 
 
 @pytest.mark.parametrize("method", [rtn, gptq])

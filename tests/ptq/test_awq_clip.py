@@ -1,0 +1,42 @@
+"""Clipping never loses to the range that would be served without it, in the error that it weighs, group by group."""
+
+import pytest
+import torch
+from tiny import scheme
+
+from qat.nn.observers.minmax import MinMax
+from qat.nn.observers.mse import MSE
+from qat.numerics.affine import dequantize, qparams, quantize
+from qat.numerics.granularity import PerChannel, PerTensor
+from qat.numerics.grid import IntGrid
+from qat.numerics.scheme import Scheme
+from qat.ptq.awq_clip import clipped_range, clips
+
+SCHEMES = [scheme(2), scheme(3), scheme(3, symmetric=False), Scheme(IntGrid(3), PerChannel()),
+           Scheme(IntGrid(3), PerTensor())]  # fmt: skip
+
+
+@pytest.mark.parametrize("observer", [MinMax(), MSE(10, 0.5)], ids=["minmax", "mse"])
+@pytest.mark.parametrize("how", SCHEMES, ids=str)
+def test_a_clipped_range_never_loses_to_the_observers(how, observer):
+    """Against partial products over all tokens, which the search never sees: it has their Gram matrices."""
+    weight, x = torch.randn(16, 64), torch.randn(100, 64) @ torch.randn(64, 64)
+    errors = []
+    for bounds in (
+        clipped_range(weight, x.T @ x / 100, how, observer, torch.bfloat16),
+        observer.observe(weight, how, torch.bfloat16),
+    ):
+        scale, zero = qparams(*bounds, how, torch.bfloat16)
+        rounded = dequantize(quantize(weight, scale, zero, how.grid), scale, zero, torch.float32)
+        groups = scale.shape[-1] if scale.dim() == 2 else 1
+        change = (rounded - weight).view(16, groups, -1)
+        parts = torch.einsum("tgi,ogi->tog", x.view(100, groups, -1), change).square().mean(0)
+        errors.append(parts.reshape(*scale.shape, -1).sum(-1))
+    assert bool((errors[0] <= errors[1] * (1 + 1e-4)).all())
+    if how.grid.bits == 2 or how.symmetric is False or observer != MinMax():
+        assert errors[0].sum() < errors[1].sum()
+
+
+def test_queries_and_keys_are_exempt():
+    names = [f"self_attn.{n}_proj" for n in "qkvo"] + ["mlp.down_proj"]
+    assert [name for name in names if not clips(name)] == ["self_attn.q_proj", "self_attn.k_proj"]
