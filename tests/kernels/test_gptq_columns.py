@@ -66,7 +66,7 @@ def test_gptq_finds_the_same_codes_with_and_without_a_recording(monkeypatch):
     model = tiny().cuda()
     batches = list(torch.randint(0, 256, (4, 24)).split(2))
     recorded = gptq(model, recipe(3), batches, observer=MinMax(), block_size=48)
-    monkeypatch.setattr("qat.ptq.gptq.round_block", looped)
+    monkeypatch.setattr("qat.ptq.gptq_solver.round_block", looped)
     plain = gptq(model, recipe(3), batches, observer=MinMax(), block_size=48)
     for name, tensor in plain.tensors.items():
         assert torch.equal(recorded.tensors[name].codes, tensor.codes), name
