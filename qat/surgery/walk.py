@@ -166,11 +166,12 @@ class _Recorder(nn.Module):
     Args:
         block: The block.
         place: Where hidden states are kept; None: not at all.
+        last: Whether one token is enough for what is behind it, since nobody looks at that.
     """
 
-    def __init__(self, block: nn.Module, place: torch.device | None):
+    def __init__(self, block: nn.Module, place: torch.device | None, last: bool):
         super().__init__()
-        self._place = place
+        self._place, self._last = place, last
         self._block = (block,)  # in a tuple: no submodule
         self.inputs: list[Tensor] = []
         self.kwargs: list[dict[str, Any]] = []
@@ -185,14 +186,14 @@ class _Recorder(nn.Module):
         if self._place is not None:
             self.inputs.append(hidden.to(self._place))
         self.kwargs.append(kwargs)
-        return hidden
+        return hidden[:, :1] if self._last else hidden
 
 
 def _capture(
     model: PreTrainedModel, layers: nn.ModuleList, batches: list[Tensor], place: torch.device
 ) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     blocks = list(layers)
-    recorders = [_Recorder(block, None if i else place) for i, block in enumerate(blocks)]
+    recorders = [_Recorder(block, None if i else place, i + 1 == len(blocks)) for i, block in enumerate(blocks)]
     device = next(model.parameters()).device
     try:
         for i, recorder in enumerate(recorders):
