@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def measure(
     seconds, built = ends[-1], model.config.num_hidden_layers
     done = built if changes.tensors else len(ends)
     if done < layers:
-        blocks = [after - before for before, after in zip(ends, ends[1:done], strict=False)]
+        blocks = [after - before for before, after in pairwise(ends[:done])]
         each = statistics.median(blocks) if blocks else seconds / done  # RTN has no blocks: all is alike
         seconds += (layers - done) * each
     row: dict[str, Any] = {"seconds": seconds, "blocks": done, "layers": layers, "projected": done < layers}

@@ -72,7 +72,8 @@ def _nearest(shape: Shape) -> int:
 def _gptq(rows: int, columns: int, batch: int, forward: int, both: bool) -> int:
     square, weight = 4 * columns**2, 4 * rows * columns
     sums = square * (2 if both else 1)
-    hear = square + forward + (batch * columns * (4 + 4 + 2 + 2 + 2) if both else 0)  # a difference, and its halves
+    heard = batch * columns * (2 + 4 + 2 + 4) if both else 0  # another input, a difference and its halves
+    hear = square + forward + heard
     factor = square + 3 * 2 * square + weight
     solve = square * (4 if both else 1) + 5 * weight  # weight, rest, scales and two copies on the way
     return sums + max(hear, factor, solve)

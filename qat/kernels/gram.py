@@ -40,7 +40,7 @@ def add_product_of_difference(total_IJ: Tensor, a_TI: Tensor, c_TI: Tensor, b_TJ
         b_TJ: Activations beside them.
         alpha: A factor.
     """
-    difference = a_TI.to(total_IJ.dtype) - c_TI.to(total_IJ.dtype)
+    difference = a_TI.to(total_IJ.dtype) - c_TI
     for part in split(difference) if _exact(total_IJ, a_TI, b_TJ) else (difference,):
         add_product(total_IJ, part, b_TJ, alpha)
 
