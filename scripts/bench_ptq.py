@@ -8,11 +8,12 @@ The model, bf16, stays on the CPU; blocks go to the GPU one at a time. W4 g128, 
 0.25. A method that has not ended after `--limit` seconds, or is given `--layers` of the shape's blocks, has its
 `seconds` projected: those of the blocks that it did, and the median block for each that is left.
 
-Where time goes, for each block of the 8B (262144 tokens; a block's forward 1.1e14 flops, Hessians 1.3e14, of which
-`down_proj` 1.1e14). `gptq`: forwards 2 in all (four stages, each as far as its linear, and what goes on), 0.6 s;
-Hessians 0.3 s on bf16 tensor cores, 2.7 s in fp32; factors in fp64 0.6 s; 8600 columns in graphs 0.7 s; copies 0.2 s.
-`gptaq`: forwards and the cross matrix of a second stream, 0.6 + 0.5 s, its fp32 products 0.3 s, 80 points 0.3 s.
-`awq`: 21 candidates of four mappings are 21 times a block's forward and a half, 7 s. For memory see `ptq_memory.py`.
+Where time should go on an H100, counted, for each block of the 8B (262144 tokens: a forward has 1.1e14 flops, Hessians
+1.3e14, of them `down_proj`'s 1.1e14). `gptq`: two forwards (four stages, each as far as its linear, and what goes on)
+0.6 s; Hessians 0.3 s on bf16 tensor cores, where fp32 takes 2.7 s; factors in fp64 0.6 s; 26624 columns in 208 replayed
+graphs 1 s; copies 0.3 s. `gptaq` besides: the other stream's forwards 0.6 s, two products for the cross matrix 0.5 s,
+its fp32 products 0.3 s, 80 points 0.3 s. `awq`: 21 candidates of four mappings, 1.35 forwards each and an error in
+fp32, 7 s. For memory see `ptq_memory.py`.
 """
 
 import argparse

@@ -12,6 +12,7 @@ import yaml
 from hydra.utils import instantiate
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qat.nn.observers.mse import MSE
 from qat.surgery.changes import Changes
 
 ROOT = Path(__file__).parents[1]
@@ -70,14 +71,30 @@ def test_shapes_have_as_many_weights_as_is_published(script, name):
     assert outside + shape.layers * (shape.block + 2 * shape.hidden) == WEIGHTS[name]
 
 
+def test_a_model_is_in_bf16_tied_as_its_shape_says_and_computes(script):
+    tied = script.build(script.SHAPES["tiny"], 1, "cpu")
+    loose = script.build(script.Shape(256, 512, 1, 4, 2, 128, False), 1, "cpu")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert not torch.equal(loose.lm_head.weight, loose.model.embed_tokens.weight)
+    assert {p.dtype for p in [*tied.parameters(), *loose.parameters()]} == {torch.bfloat16}
+    assert (
+        sum(p.numel() for p in loose.model.layers.parameters())
+        == script.Shape(256, 512, 1, 4, 2, 128, False).block + 512
+    )
+    logits = loose(input_ids=torch.arange(8)[None]).logits
+    assert bool(torch.isfinite(logits).all())
+    assert float(logits.std()) > 0
+
+
 @pytest.mark.parametrize("name", ["gptq", "gptaq", "awq", "rtn"])
 def test_memory_is_what_lives(script, name):
     """Within a fifth, though codes lie on the same device here; hidden states count, so that two streams differ."""
     shape, samples, length = script.Shape(256, 512, 1, 4, 2, 128, False), 48, 64
     model = script.build(shape, 1, "cpu")
     batches = list(torch.randint(128, (samples, length)).split(4))
+    fewer = {"awq": {"grid": 2}, "gptaq": {"observer": MSE(points=2)}}.get(name, {})  # candidates, one after another
     with Live(model.parameters()) as live:
-        script.METHODS[name](model, script.RECIPE, batches, device="cpu")
+        script.METHODS[name](model, script.RECIPE, batches, device="cpu", **fewer)
     assert live.most / 2**30 == pytest.approx(script.peak(shape, name, samples * length, 4 * length), rel=0.2)
 
 
