@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qat.kernels.gram import add_product
 from qat.models.families import structure_of
 from qat.models.structure import Smoothing
 from qat.nn.observers.base import Observer
@@ -49,6 +50,7 @@ def awq(
     dtype: torch.dtype = torch.bfloat16,
     store: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    device: str | None = None,
 ) -> Changes:
     """Searches scales block by block on the full-precision stream, folds them, and rounds to nearest.
 
@@ -66,6 +68,7 @@ def awq(
         dtype: Storage dtype of scales and folded tensors.
         store: See `walk`.
         progress: See `walk`.
+        device: Where one block at a time is worked on; None: where the model is, which may stay on the CPU.
 
     Returns:
         Changes; `layers` has a row for each mapping with `loss`, `identity` (the loss of round to nearest), `ratio` and
@@ -99,8 +102,8 @@ def awq(
             changes.tensors[full] = _round(weights[name], scheme, observer, dtype, g, heard.grams.get(name))
         return changes
 
-    changes = walk(model, batches, structure.blocks, visit, False, recipe, store, progress)
-    changes.add(nearest(model, outside(plan, structure.blocks), observer, dtype, OUTSIDE))
+    changes = walk(model, batches, structure.blocks, visit, False, recipe, store, progress, device=device)
+    changes.add(nearest(model, outside(plan, structure.blocks), observer, dtype, OUTSIDE, device))
     return changes
 
 
@@ -131,7 +134,7 @@ class Heard:
         Raises:
             ValueError: A linear's input is not finite.
         """
-        heard, counts, handles = Heard(), dict.fromkeys(linears, 0), []
+        heard, counts, handles = Heard(grams=_empty(block, grams)), dict.fromkeys(linears, 0), []
 
         def hear(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -141,7 +144,7 @@ class Heard:
                     x = rows(args[0]).float()
                     heard.x_mean[name] = heard.x_mean.get(name, 0) + x.abs().sum(0)
                     if name in grams:
-                        heard.grams[name] = heard.grams.get(name, 0) + x.T @ x
+                        add_product(heard.grams[name], rows(args[0]), rows(args[0]))
                     counts[name] += len(x)
 
             return hook
@@ -190,7 +193,7 @@ class Search:
         start = time.monotonic()
         x_mean = heard.x_mean[smoothing.linears[0]]
         w_mean = relative_magnitude({name: weights[name] for name in smoothing.linears}, schemes)
-        inspect, calls = block.module.get_submodule(smoothing.inspect), heard.calls[smoothing.inspect]
+        inspect, calls = block.module.get_submodule(smoothing.inspect), heard.calls.pop(smoothing.inspect)
         linears = {name: block.module.get_submodule(name) for name in smoothing.linears}
 
         def loss(scales: Tensor) -> Tensor:
@@ -199,8 +202,8 @@ class Search:
                 g = divisor((weights[n] * scales for n in like), scheme)
                 rounded = _round(weights[name] * scales, scheme, self.observer, self.dtype, g, check=False)
                 linear.weight.copy_(rounded.dequantize(torch.float32) / scales)  # type: ignore[operator]
-            error = (_first(inspect(*args, **kwargs)).float() - output.float() for args, kwargs, output in calls)
-            return torch.stack([e.square().sum(dtype=torch.float64) for e in error]).sum()
+            error = (_first(inspect(*args, **kwargs)).float().sub_(output) for args, kwargs, output in calls)
+            return torch.stack([e.square_().sum(dtype=torch.float64) for e in error]).sum()
 
         ratios = [k / max(self.grid - 1, 1) for k in range(self.grid)]
         knobs: list[Any] = [(None, None), *((ratio, duo) for duo in KINDS[self.duo_scaling] for ratio in ratios)]
@@ -258,6 +261,12 @@ def _round(
     scale, zero_point = qparams(*found, scheme, dtype, g, check)
     codes = quantize(weight, scale, zero_point, scheme.grid, g)
     return QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape), g)
+
+
+def _empty(block: Block, linears: list[str]) -> dict[str, Tensor]:
+    """A matrix of zeros for each linear, in-features by in-features."""
+    weights = {name: block.module.get_parameter(f"{name}.weight") for name in linears}
+    return {name: w.new_zeros(w.shape[1], w.shape[1], dtype=torch.float32) for name, w in weights.items()}
 
 
 def _first(output: Any) -> Tensor:

@@ -50,6 +50,7 @@ def nearest(
     observer: Observer,
     dtype: torch.dtype,
     fallback: str | None = None,
+    device: torch.device | str | None = None,
 ) -> Changes:
     """Rounds weights to nearest; the model is left as it is.
 
@@ -59,6 +60,7 @@ def nearest(
         observer: Finds ranges.
         dtype: Storage dtype of the scales.
         fallback: Why a method that does better elsewhere rounds these to nearest; recorded for each of them.
+        device: Where one weight at a time is rounded; None: where it is.
 
     Raises:
         ValueError: A weight is not finite; names the module.
@@ -66,15 +68,17 @@ def nearest(
     changes, together = Changes(), families(model, schemes)
     for name, scheme in schemes.items():
         start = time.monotonic()
-        weight = model.get_parameter(f"{name}.weight").detach().float()
+        stored = model.get_parameter(f"{name}.weight").detach()
+        weight = stored.to(device or stored.device).float()
         try:
             g = divisor((model.get_parameter(f"{n}.weight") for n in together[name]), scheme)
+            g = None if g is None else g.to(weight.device)
             scale, zero_point = observer.qparams(weight, scheme, dtype, g)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         codes = quantize(weight, scale, zero_point, scheme.grid, g)
         tensor = QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape), g)
-        changes.tensors[name] = tensor
+        changes.tensors[name] = tensor.to(stored.device)
         row: dict[str, Any] = {"name": name, "sqnr_db": sqnr(weight, tensor.dequantize(torch.float32))}
         row |= {} if fallback is None else {"fallback": fallback}
         changes.layers.append({**row, "seconds": time.monotonic() - start})

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ def gptq(
     dtype: torch.dtype = torch.bfloat16,
     store: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    device: str | None = None,
 ) -> Changes:
     """Quantizes block by block, true-sequentially: every linear sees inputs that its quantized predecessors computed.
 
@@ -73,6 +74,7 @@ def gptq(
         dtype: Storage dtype of the scales.
         store: See `walk`.
         progress: See `walk`.
+        device: Where one block at a time is worked on; None: where the model is, which may stay on the CPU.
 
     Returns:
         Changes; `layers` has a row for each linear with `loss`, `damping`, `seconds` and `fallback` (the reason why it
@@ -97,11 +99,10 @@ def gptq(
                 changes.add(_quantize_stage(block, names, schemes, knobs))
         return changes
 
-    rounded = nearest(model, outside(plan, structure.blocks), observer, dtype, OUTSIDE)
+    rounded = nearest(model, outside(plan, structure.blocks), observer, dtype, OUTSIDE, device)
     seen = apply(model, rounded.tensors, {})  # the first block, too, sees what is served: a quantized embedding
-    changes = walk(
-        seen, batches, structure.blocks, visit, True, recipe, store, progress, "inputs" if asymmetry else False
-    )
+    full: Literal["inputs", False] = "inputs" if asymmetry else False
+    changes = walk(seen, batches, structure.blocks, visit, True, recipe, store, progress, full, device=device)
     changes.add(rounded)
     forget()
     return changes

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.kernels.gptq_columns import round_block
+from qat.kernels.gram import add_product, add_product_of_difference
 from qat.nn.observers.base import Observer
 from qat.numerics.affine import divisor, group, served
 from qat.numerics.granularity import PerGroup
@@ -38,14 +39,12 @@ def check(act_order: str, groups: str) -> None:
 
 def accumulate_hessian(hessian: Tensor, x_TI: Tensor) -> None:
     """Adds 2 x^T x in place (equation 1; its scale cancels in everything but the logged loss)."""
-    x = x_TI.to(hessian.dtype)
-    hessian.addmm_(x.T, x, alpha=2.0)
+    add_product(hessian, x_TI, x_TI, 2.0)
 
 
 def accumulate_cross(cross: Tensor, full_TI: Tensor, x_TI: Tensor) -> None:
     """Adds 2 (x_full - x)^T x in place: how inputs differ from those of the full-precision model (GPTAQ)."""
-    x = x_TI.to(cross.dtype)
-    cross.addmm_((full_TI.to(cross.dtype) - x).T, x, alpha=2.0)
+    add_product_of_difference(cross, full_TI, x_TI, x_TI, 2.0)
 
 
 def quantize_weight(
@@ -200,18 +199,23 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor | None, f
     Returns:
         (factor, damping, None), or (None, damping, why) where even the largest damping gives no factor.
     """
-    hessian = hessian_II.double()
-    mean = hessian.diagonal().mean()
-    dead = hessian.diagonal() == 0
-    hessian = hessian + torch.diag(dead.double() * (mean if mean > 0 else 1.0))
+    diagonal = hessian_II.diagonal().double()
+    mean = diagonal.mean()
+    diagonal = diagonal + (diagonal == 0).double() * (mean if mean > 0 else 1.0)
     used = damping
-    while True:
-        damped = hessian + torch.eye(len(hessian), dtype=torch.float64, device=hessian.device) * (used * mean)
+    while True:  # of a large matrix a copy in fp64 takes gigabytes: none lives longer than it has to
+        damped = hessian_II.to(torch.float64, copy=True)
+        damped.diagonal().copy_(diagonal + used * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if int(info) == 0 and bool(torch.isfinite(upper).all()):
                 return upper, used, None
+            del upper
         if used >= MAX_DAMPING:
             return None, used, f"the Hessian has no Cholesky factor at damping {used}"
         used = min(max(used, 1e-3) * 10, MAX_DAMPING)

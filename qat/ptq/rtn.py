@@ -23,6 +23,7 @@ def rtn(
     dtype: torch.dtype = torch.bfloat16,
     store: Path | None = None,
     progress: object = None,
+    device: str | None = None,
 ) -> Changes:
     """Rounds every weight of the recipe on the range that `observer` finds; the model is left as it is.
 
@@ -34,8 +35,9 @@ def rtn(
         dtype: Storage dtype of the scales.
         store: Not needed: there is nothing worth resuming.
         progress: Likewise.
+        device: Where one weight at a time is rounded; None: where the model is.
 
     Raises:
         ValueError: The recipe does not fit the model, or a weight is not finite; names the module.
     """
-    return nearest(model, match(model, recipe).quantized, observer, dtype)
+    return nearest(model, match(model, recipe).quantized, observer, dtype, device=device)

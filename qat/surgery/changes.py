@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,6 +40,12 @@ class Changes:
         self.folded |= other.folded
         self.layers += other.layers
         self.state |= other.state
+
+    def to(self, device: torch.device) -> "Changes":
+        """The same on another device; `state` stays."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        folded = {name: value.to(device) for name, value in self.folded.items()}
+        return Changes(tensors, folded, self.layers, self.state)
 
     def save(self, file: Path) -> None:
         """Writes a safetensors file, whole or not at all."""

@@ -3,6 +3,7 @@
 PTQ methods and block-wise training share it. Memory holds the model, one private copy of one block, and the hidden
 states at one block boundary: those of the quantized model, and beside them, where blocks are held to what they should
 compute, those of the full-precision model. Every block gets the keyword arguments that the model itself hands to it.
+A model that is larger than a GPU stays on the CPU: `device` then holds one block of it, and its private copy.
 """
 
 import copy
@@ -71,6 +72,7 @@ def walk(
     progress: Callable[[int, int], None] | None = None,
     full: Literal["inputs", "outputs", False] = False,
     offload: bool = False,
+    device: torch.device | str | None = None,
 ) -> Changes:
     """Visits every decoder block in order.
 
@@ -85,41 +87,66 @@ def walk(
         progress: Called with (blocks done, blocks in all).
         full: Whether a second stream, the full-precision model's, goes along, and which side of it blocks get.
         offload: Whether hidden states wait on the CPU.
+        device: Where blocks are visited, and hidden states wait; None: where the model is.
 
     Returns:
-        The changes of all blocks together.
+        The changes of all blocks together, where the model is.
 
     Raises:
         ValueError: Hidden states stop being finite; names the block.
     """
     layers = model.get_submodule(blocks)
     assert isinstance(layers, nn.ModuleList)
-    inputs, kwargs = _capture(model, layers, batches)
-    place = torch.device("cpu") if offload else inputs[0].device
-    inputs = [hidden.to(place) for hidden in inputs]
+    home = next(model.parameters()).device
+    there = home if device is None else torch.device(device)
+    inputs, kwargs = _capture(model, layers, batches, torch.device("cpu") if offload else there)
     stream = list(inputs) if full else []
     changes, done = Changes(), 0
     if store is not None:
         store.mkdir(parents=True, exist_ok=True)
-        done = _restore(store, changes, recipe, inputs, stream, len(layers), next(model.parameters()).device)
+        done = _restore(store, changes, recipe, inputs, stream, len(layers), home)
     for index in range(done, len(layers)):
         last, name = index + 1 == len(layers), f"{blocks}.{index}"
-        original = Block(name, layers[index], stream, kwargs[index], layers[index])
+        module, arguments = layers[index], kwargs[index]
+        if device is not None:
+            module, arguments = copied(module, there), _moved(arguments, there)
+        original = Block(name, module, stream, arguments, module)
         if full == "outputs":
             _advance(original, "its full-precision output")
-        block = Block(name, copy.deepcopy(layers[index]), inputs, kwargs[index], layers[index], stream)
-        found = visit(block)
+        block = Block(name, copy.deepcopy(module), inputs, arguments, module, stream)
+        found = visit(block) if device is None else visit(block).to(home)
         changes.add(found)
         if full == "inputs" and not last:
             _advance(original, "its full-precision output")
         if not last:
-            source = block.module if propagate else layers[index]
-            _advance(Block(name, source, inputs, kwargs[index], source), "its output")
+            source = block.module if propagate else module
+            _advance(Block(name, source, inputs, arguments, source), "its output")
         if store is not None:
             _keep(store, index, found, {} if last else {"inputs": inputs, "full": stream})
         if progress is not None:
             progress(index + 1, len(layers))
     return changes
+
+
+def copied(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a module on a device; its tensors go straight there."""
+    parts = [*module.parameters(), *module.buffers()]
+    there: list[Tensor] = [
+        nn.Parameter(part.detach().to(device, copy=True), part.requires_grad)
+        if isinstance(part, nn.Parameter)
+        else part.to(device, copy=True)
+        for part in parts
+    ]
+    return copy.deepcopy(module, {id(part): moved for part, moved in zip(parts, there, strict=True)})
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Arguments of a block on a device: tensors, in whatever lists, tuples and dictionaries they come."""
+    if isinstance(value, dict):
+        return {key: _moved(part, device) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _advance(block: Block, what: str) -> None:
@@ -134,10 +161,17 @@ def _advance(block: Block, what: str) -> None:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: keeps what it is called with, and hands the hidden states on."""
+    """Stands in for a block: keeps what it is called with, and hands the hidden states on.
 
-    def __init__(self, block: nn.Module):
+    Args:
+        block: The block.
+        place: Where hidden states are kept; None: not at all.
+        last: Whether one token is enough for what is behind it, since nobody looks at that.
+    """
+
+    def __init__(self, block: nn.Module, place: torch.device | None, last: bool):
         super().__init__()
+        self._place, self._last = place, last
         self._block = (block,)  # in a tuple: no submodule
         self.inputs: list[Tensor] = []
         self.kwargs: list[dict[str, Any]] = []
@@ -149,16 +183,17 @@ class _Recorder(nn.Module):
             return getattr(self._block[0], name)  # models read attributes of their blocks, such as attention_type
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.inputs.append(hidden)
+        if self._place is not None:
+            self.inputs.append(hidden.to(self._place))
         self.kwargs.append(kwargs)
-        return hidden
+        return hidden[:, :1] if self._last else hidden
 
 
 def _capture(
-    model: PreTrainedModel, layers: nn.ModuleList, batches: list[Tensor]
+    model: PreTrainedModel, layers: nn.ModuleList, batches: list[Tensor], place: torch.device
 ) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     blocks = list(layers)
-    recorders = [_Recorder(block) for block in blocks]
+    recorders = [_Recorder(block, None if i else place, i + 1 == len(blocks)) for i, block in enumerate(blocks)]
     device = next(model.parameters()).device
     try:
         for i, recorder in enumerate(recorders):

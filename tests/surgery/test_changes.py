@@ -55,6 +55,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert file.read_bytes() == before
 
 
+def test_what_goes_to_a_device_goes_there_whole_and_the_state_stays():
+    weight = torch.randn(8, 32)
+    codes, scale, zero = rtn(weight, scheme(4, 16, symmetric=False), torch.bfloat16)
+    tensor = QuantizedTensor(codes, scale, zero, scheme(4, 16, symmetric=False), (8, 32))
+    changes = Changes({"a": tensor}, {"b": weight}, [{"name": "a"}], {"c": weight})
+    moved = changes.to(torch.device("meta"))
+    parts = (moved.tensors["a"].codes, moved.tensors["a"].scale, moved.tensors["a"].zero_point, moved.folded["b"])
+    assert {part.device.type for part in parts} == {"meta"}
+    assert (moved.layers, moved.state) == (changes.layers, changes.state)
+    assert changes.tensors["a"].codes.device.type == "cpu"
+
+
 def test_adding_takes_everything_over():
     both = Changes()
     both.add(changes())

@@ -12,8 +12,9 @@ from qat.numerics.affine import rtn
 from qat.numerics.qtensor import QuantizedTensor
 from qat.ptq.awq import awq
 from qat.ptq.gptq import gptq
+from qat.ptq.rtn import rtn as nearest
 from qat.surgery.changes import Changes
-from qat.surgery.walk import walk
+from qat.surgery.walk import copied, walk
 
 BATCHES = list(torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(1)).split(2))
 
@@ -183,6 +184,54 @@ def test_both_streams_survive_a_kill(tmp_path, monkeypatch, torn):
     assert [name for name, _ in seen] == [f"model.layers.{i}" for i in ((0, 1, 1, 2) if torn else (0, 1, 2))]
     for name, streams in seen:
         assert all(torch.equal(a, b) for a, b in zip(streams, whole[name], strict=True)), name
+
+
+@pytest.mark.parametrize("method", [gptq, awq, nearest])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_on_a_device_of_its_own_a_walk_finds_the_same_and_hands_it_back(method, device):
+    """On a GPU sums have another order, which some weight at a boundary notices, and then the stages behind it."""
+    model = tiny(layers=3)
+    before = copy.deepcopy(model.state_dict())
+    here = method(model, recipe(3), BATCHES, observer=MinMax())
+    there = method(model, recipe(3), BATCHES, observer=MinMax(), device=device)
+    assert here.tensors.keys() == there.tensors.keys()
+    assert all(torch.equal(v, before[k]) and v.device.type == "cpu" for k, v in model.state_dict().items())
+    for name, tensor in there.tensors.items():
+        assert tensor.codes.device.type == tensor.scale.device.type == "cpu"
+        same = tensor.codes == here.tensors[name].codes
+        exact = device == "cpu" or method is nearest
+        assert bool(same.all()) if exact else float(same.float().mean()) > 0.5, name
+    for name, value in there.folded.items():
+        assert value.device.type == "cpu"
+        assert device == "cuda" or torch.equal(value, here.folded[name])
+
+
+def test_a_block_and_all_that_it_is_called_with_go_to_the_device():
+    """Meta tensors have no values, so nothing can have come from anywhere else."""
+    model, seen = tiny(layers=1), []
+
+    def visit(block):
+        hidden = block.output(0)
+        seen.append((hidden.shape, hidden.device.type))
+        parts = [*block.module.parameters(), *block.original.parameters(), *block.inputs, *block.full]
+        seen.extend(("part", part.device.type) for part in parts)
+        return Changes()
+
+    walk(model, BATCHES, "model.layers", visit, True, recipe(), full="inputs", device="meta")
+    assert seen[0] == ((2, 12, 64), "meta")
+    assert {kind for _, kind in seen} == {"meta"}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@torch.no_grad()
+def test_a_copy_computes_the_same_and_shares_nothing():
+    linear = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).eval()
+    linear[0].weight.requires_grad_(False)
+    twin, x = copied(linear, torch.device("cpu")), torch.randn(4, 8)
+    assert torch.equal(twin(x), linear(x))
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in linear.parameters()]
+    for mine, own in zip(twin.state_dict().values(), linear.state_dict().values(), strict=True):
+        assert mine.data_ptr() != own.data_ptr()
 
 
 def test_the_model_gets_its_blocks_back_after_an_error():
