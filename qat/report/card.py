@@ -82,6 +82,7 @@ def converted_card(
         *_head(model, f"{model}, quantized: {name}", name),
         f"Converted from a checkpoint in the format {origin['format']}, {proof}: codes, scales and zero points are",
         "the same bit for bit. How good they are was measured when they were found: see the card beside that one.",
+        "",
         *_scheme(recipe, name, certificate.get("storage_dtype", "that of the checkpoint")),
         *_certificate(export),
         *_serving(served),
@@ -103,7 +104,7 @@ def _scheme(recipe: Recipe, name: str, dtype: str) -> list[str]:
     kv = "" if recipe.kv is None else f" Keys and values are cached as {recipe.kv}."
     table = markdown(["rule", "modules", "weight", "input"], rows)
     said = f"The last rule that matches a module wins. Format {name}; scales and all that is left alone: {dtype}.{kv}"
-    return ["", "## Scheme", "", table, "", f"{said} `recipe.yaml` is the recipe: `qat run recipe=recipe.yaml`.", ""]
+    return ["## Scheme", "", table, "", f"{said} `recipe.yaml` is the recipe: `qat run recipe=recipe.yaml`.", ""]
 
 
 def number_rows(arms: Mapping[str, Mapping[str, Any]], arm: str) -> list[list[str]]:
@@ -131,7 +132,8 @@ def _numbers(summary: Mapping[str, Any], arm: str, run: Mapping[str, Any]) -> li
         "model as it came.",
     ]
     recovered = recovered_lines(summary.get("recovered", {})) if arm == "qat" else []
-    return [*lines, *(f"- {line}" for line in ["", *recovered] if line), ""]
+    notes = [f"- {line}" for line in (*recovered, *summary.get("warnings", []))]
+    return [*lines, "", *notes, *([""] if notes else [])]
 
 
 def _data(config: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:

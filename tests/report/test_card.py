@@ -23,7 +23,7 @@ EXPORT = {
     "greedy_equal": True, "fast_path": None,
 }  # fmt: skip
 SUMMARY = {"arms": {"fp": FP, "gptq": GPTQ, "qat": QAT}, "export": EXPORT,
-           "recovered": {"vs_gptq": {"kl": 0.643, "nll": None}}}  # fmt: skip
+           "recovered": {"vs_gptq": {"kl": 0.643, "nll": None}}, "warnings": ["beware"]}  # fmt: skip
 CONFIG = {
     "verb": "run", "model": {"name": "org/Some-Model"}, "format": {"name": "compressed_tensors"},
     "choices": {"recipe": "somewhere/w4.yaml", "data": "python_docs"}, "export": {"dtype": "bfloat16"},
@@ -56,7 +56,8 @@ def test_numbers_are_the_summarys():
     assert cells(text, "gptq")[2:6] == ["+2.500", "+0.2231 ± 0.0123", "0.3456", "0.777"]
     assert cells(text, "fp")[:6] == ["fp", "10.000", "", "", "0.0000", "1.000"]
     assert "On 1234 held-out tokens, one seed, Some CPU." in text
-    assert "recovered against gptq: kl 64.3 %" in text
+    assert "- recovered against gptq: kl 64.3 %" in text
+    assert "- beware" in text
     assert "recovered" not in made("gptq")
 
 
