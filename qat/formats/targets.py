@@ -166,6 +166,8 @@ def _engine(target: str, name: str, layer: Layer, stack: list[Layer], dtype: str
         return _refused(layer, "weight", f"{text}; give both one scheme")
     if layer.shape is not None:
         k, n = layer.shape[1], sum(one.shape[0] for one in stack if one.shape is not None)
+    if isinstance(weight.grid, IntGrid) and weight.grid.bits in (3, 5, 6, 7):  # packed with a quantized input, too
+        return _odd(target, name, layer, weight.grid.bits, not weight.symmetric)
     if isinstance(weight.grid, IntGrid) and layer.input is None:
         return _packed(target, name, layer, k, n, dtype)
     return Verdict(layer, _computed(layer))
@@ -184,6 +186,12 @@ def _packed(target: str, name: str, layer: Layer, k: int | None, n: int | None, 
     if zeros and name == "gptq":  # AutoGPTQConfig: uint4b8 and uint8b128, which have none
         text = f"export.target={target} reads GPTQ's layout without zero points"
         return _refused(layer, "weight.symmetric", f"{text}; use symmetric=true, or format=compressed_tensors")
+    word = 32 // bits
+    if k is not None and (k % word or (zeros and layer.shape and layer.shape[0] % word)):  # WNA16: size // pack_factor
+        text = (
+            f"export.target={target} reads whole words of {word} in-features, and of {word} out-features' zero points"
+        )
+        return _refused(layer, "match", f"{text}; add a later rule for it with weight=null")
     kernels = []
     fits_machete = k is None or n is None or (k % MACHETE_K == 0 and n % MACHETE_N == 0)
     if target == "vllm" and name == "compressed_tensors" and size in MACHETE_GROUPS and fits_machete:
@@ -191,7 +199,7 @@ def _packed(target: str, name: str, layer: Layer, k: int | None, n: int | None, 
     if size in MARLIN_GROUPS and not (zeros and bits == 8):
         kernels.append("Marlin")
     exllama = target == "vllm" and name == "compressed_tensors" and dtype == "float16" and not zeros and size > 0
-    if exllama and (n is None or n % (32 // bits) == 0):
+    if exllama and (n is None or n % word == 0):
         kernels.append("Exllama")
     if not kernels and zeros and bits == 8:
         text = f"export.target={target} has no kernel for 8 bits with zero points" + _sizes(k, n)

@@ -96,6 +96,20 @@ def test_any_group_goes_in_fp16():
     assert one("vllm", ints(size=16), (129, 256), dtype="float16").part == "weight.granularity"  # 8 codes fill a word
 
 
+@pytest.mark.parametrize("target", ENGINES)
+def test_words_are_whole(target):
+    for weight, shape in ((ints(size=-1), (64, 68)), (ints(size=-1, symmetric=False), (68, 128))):
+        verdict = one(target, weight, shape)
+        assert verdict.part == "match"
+        assert "whole words of 8 in-features" in verdict.refused
+    assert one("vllm", ints(size=-1), (68, 128)).kernel == "Marlin"
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_odd_widths_are_packed_with_a_quantized_input_too(bits):
+    assert one("vllm", ints(bits), input=TOKEN).part == "weight.grid"
+
+
 def test_sglang_pads_nothing():
     for shape in ((64, 64), (96, 128)):
         verdict = one("sglang", ints(size=32), shape)
