@@ -20,6 +20,7 @@ LIGHT = (
     "qat",
     *(f"qat.numerics.{name}" for name in ("grid", "granularity", "scheme", "recipe", "kv", "allocate")),
     "qat.nn.adapter",
+    "qat.formats.targets",
     "qat.engine.config",
 )
 MACHINE = re.compile(r"(?<![\w.~$}])/(home|root|Users|work|mnt|media|scratch)/\w")

@@ -1,26 +1,33 @@
 """A checkpoint of one format becomes one of another: the same integers, the same scales, so the same weights."""
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from qat.cli.exporting import check_tokenizer
+from qat.cli.beside import CARD, launch, write_beside
+from qat.cli.exporting import check_tokenizer, outcome
 from qat.cli.rundir import versions
+from qat.cli.serving import check, served
 from qat.engine.loader import FORMATS, open_checkpoint
 from qat.evaluation import reference
 from qat.evaluation.verify import issue, reference_digests, verify
 from qat.formats.base import CERTIFICATE, Checkpoint, certified_parts, read_json, unquantized_state
+from qat.formats.targets import Layer
 from qat.models.hf import skeleton
 from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.recipe import Recipe
+from qat.report.card import converted_card
 
 KEPT = ("arm", "model", "device", "storage_dtype", "captured")  # what a certificate says of where codes are from
 UNKNOWN = "unknown: the checkpoint that this was converted from has no certificate"
 
 
-def convert(source: Path, name: str, path: Path, device: str) -> dict[str, Any]:
+def convert(source: Path, name: str, path: Path, device: str, target: str | None = None) -> dict[str, Any]:
     """Writes a checkpoint in another format, with the certificate that the old one's reference logits allow.
 
     Args:
@@ -28,13 +35,15 @@ def convert(source: Path, name: str, path: Path, device: str) -> dict[str, Any]:
         name: The format to write.
         path: Directory to write.
         device: Where the engine verifies.
+        target: Who is to load it, as `export.target`; None: nobody is asked.
 
     Returns:
         The new certificate, verified as every export is. Without a certificate beside the source there are no reference
         logits, and it cannot be.
 
     Raises:
-        ValueError: The source is damaged, or the format cannot say it without a loss; names the module.
+        ValueError: The source is damaged, the format cannot say it without a loss, or the target cannot load it; names
+            the module.
     """
     checkpoint = open_checkpoint(source)
     if not checkpoint.tensors:
@@ -59,16 +68,35 @@ def convert(source: Path, name: str, path: Path, device: str) -> dict[str, Any]:
     for module, tensor in tensors.items():
         hit, kind = checkpoint.recipe.rule_for(module), type(model.get_submodule(module)).__name__
         FORMATS[name].check_scheme(module, tensor.scheme, hit and hit[1].input, kind)
+    layers, stored = linears(model, checkpoint.recipe, tensors), str(dtype).removeprefix("torch.")
+    check({"export": {"target": target, "dtype": stored}, "format": {"name": name}}, layers, checkpoint.recipe.kv)
     recipe, expected = FORMATS[name].expressed(checkpoint.recipe, tensors)
     FORMATS[name].save(path, model, recipe, expected, plain, tokenizer, dtype)
     check_tokenizer(path, tokenizer)
     check_lossless(path, tensors, expected)
+    known = launch(certificate.get("model", source.name), name, stored, model.config.max_position_embeddings)
+    write_beside(path, checkpoint.recipe, name, layers, known)
     facts = {key: certificate[key] for key in KEPT if key in certificate} if certificate else {"captured": UNKNOWN}
     sha = hashlib.sha256((source / CERTIFICATE).read_bytes()).hexdigest() if certificate else None
     origin = {"format": checkpoint.config["quantization_config"]["quant_method"], "certificate": sha}
     facts |= {"converted_from": origin, "versions": versions()}
     issue(path, expected, unquantized_state(model, expected, plain, dtype), sequences, facts)
-    return verify(path, device)
+    verified = verify(path, device)
+    refused = served(name, layers, stored, checkpoint.recipe.kv)
+    text = converted_card(verified, sys.argv, checkpoint.recipe, name, outcome(str(path), verified), refused)
+    (path / CARD).write_text(text, encoding="utf-8")
+    return verified
+
+
+def linears(model: nn.Module, recipe: Recipe, tensors: Mapping[str, QuantizedTensor]) -> list[Layer]:
+    """The linears of a checkpoint, as those who load it see them."""
+    found = []
+    for module, one in model.named_modules():
+        if isinstance(one, nn.Linear):
+            weight = tensors[module].scheme if module in tensors else None
+            hit = recipe.rule_for(module) if weight is not None else None
+            found.append(Layer(module, (one.out_features, one.in_features), weight, hit and hit[1].input))
+    return found
 
 
 def _check_whole(checkpoint: Checkpoint, tensors: Mapping[str, QuantizedTensor], certificate: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Both come from what is there: nothing is searched again, and no scale or code is evaluated again.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 from qat.cli.arms import quantize, static_inputs, train
 from qat.cli.converting import convert
-from qat.cli.exporting import export, outcome, references
+from qat.cli.exporting import export, outcome, references, write_card
 from qat.cli.rundir import RunDir, find, is_finished
 from qat.cli.workbench import open_workbench, pick_device, quiet
 from qat.report.tables import export_lines
@@ -26,13 +27,14 @@ def _converted(config: dict[str, Any]) -> int:
     quiet()
     source, name = Path(config["from"]).expanduser(), config["format"]["name"]
     out = Path(config["out"]).expanduser() if config["out"] else source.parent / name
-    certificate = convert(source, name, out, str(pick_device("auto")))
+    certificate = convert(source, name, out, str(pick_device("auto")), config["export"]["target"])
     return _told(out, outcome(str(out), certificate), certificate["unchecked"])
 
 
 def _exported(config: dict[str, Any]) -> int:
     path = find(config["runs"], config["run"], lambda path: is_finished(path, "run", "train", "ptq"))
     settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) | {"format": config["format"]}
+    settings["export"] = settings["export"] | config["export"]
     methods = dict(settings.get("arms") or {})
     if "method" in settings:
         methods[settings["choices"]["method"]] = settings["method"]
@@ -53,7 +55,9 @@ def _exported(config: dict[str, Any]) -> int:
         sequences = references(bench, bench.moved(apply(bench.model, tensors, folded, recipe=bench.recipe)))
         captured = "not applicable: a post-training method has no training graph"
     out = Path(config["out"]).expanduser() if config["out"] else path / "export" / f"{arm}-{config['format']['name']}"
-    return _told(out, export(bench, arm, tensors, folded, sequences, captured, out), [])
+    found = export(bench, arm, tensors, folded, sequences, captured, out)
+    write_card(bench, bench.run.read("summary.json"), arm, found, sys.argv)
+    return _told(out, found, [])
 
 
 def _told(out: Path, outcome: dict[str, Any], unchecked: list[str]) -> int:

@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qat.cli.beside import CARD, launch, write_beside
 from qat.cli.rundir import versions
-from qat.cli.workbench import Workbench
+from qat.cli.serving import served
+from qat.cli.workbench import Workbench, linears
 from qat.data.text import tokenizer_digest
 from qat.engine.loader import FORMATS
 from qat.evaluation import foreign, reference
@@ -17,6 +19,8 @@ from qat.evaluation.reference import Sequence
 from qat.evaluation.verify import issue, verify
 from qat.formats.base import unquantized_state
 from qat.numerics.qtensor import QuantizedTensor
+from qat.report.card import card
+from qat.report.launch import Launch
 
 
 def references(bench: Workbench, graph: PreTrainedModel) -> list[Sequence]:
@@ -58,6 +62,7 @@ def export(
     recipe, tensors = FORMATS[name].expressed(bench.recipe, tensors)
     FORMATS[name].save(path, bench.model, recipe, tensors, folded, bench.tokenizer, bench.dtype)
     check_tokenizer(path, bench.tokenizer)
+    write_beside(path, bench.recipe, name, linears(bench.plan), started(bench))
     device = "cuda" if bench.device.type == "cuda" else "cpu"
     facts = {
         "arm": arm,
@@ -69,6 +74,32 @@ def export(
     }
     issue(path, tensors, unquantized_state(bench.model, tensors, folded, bench.dtype), sequences, facts)
     return outcome(str(path), verify(path, device))
+
+
+def started(bench: Workbench) -> Launch:
+    """How engines are started on an export of the run."""
+    what, length = Path(bench.config["choices"]["recipe"]).stem, bench.model.config.max_position_embeddings
+    return launch(bench.config["model"]["name"], what, bench.config["export"]["dtype"], length)
+
+
+def write_card(
+    bench: Workbench, summary: Mapping[str, Any], arm: str, outcome: Mapping[str, Any], argv: list[str] | None = None
+) -> None:
+    """Writes the model card of an export that is judged and certified.
+
+    Args:
+        bench: The workbench.
+        summary: The run's.
+        arm: Whose checkpoint it is.
+        outcome: What `export` returned; without a path nothing is written.
+        argv: The command, if it was not the run's own.
+    """
+    if outcome["path"] is None:
+        return
+    config = bench.config
+    refused = served(config["format"]["name"], linears(bench.plan), config["export"]["dtype"], bench.recipe.kv)
+    text = card(config, bench.run.facts, summary, arm, bench.recipe, outcome, refused, argv or ())
+    (Path(outcome["path"]) / CARD).write_text(text, encoding="utf-8")
 
 
 def check_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

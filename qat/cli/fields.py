@@ -11,6 +11,7 @@ from typing import Any
 from qat.cli import source
 from qat.cli.kinds import describe, is_open
 from qat.cli.problem import Problem, did_you_mean
+from qat.formats.targets import READS
 
 Check = Callable[[Any], str | None]
 PRECISIONS = ("auto", "32-true", "bf16-mixed")  # those whose masters are fp32
@@ -52,13 +53,14 @@ def number(words: str, fits: Callable[[float], bool], null: bool = False) -> Che
     return check
 
 
-def one_of(*options: str) -> Check:
+def one_of(*options: str, null: bool = False) -> Check:
     """One of a few words."""
 
     def check(value: Any) -> str | None:
-        if value in options:
+        if value in options or (value is None and null):
             return None
-        return f"expected one of {', '.join(options)}, found {describe(value)}{did_you_mean(str(value), options)}"
+        words = ", ".join(options) + (" or null" if null else "")
+        return f"expected one of {words}, found {describe(value)}{did_you_mean(str(value), options)}"
 
     return check
 
@@ -93,10 +95,11 @@ def device(value: Any) -> str | None:
 
 
 def export_format(value: Any) -> str | None:
-    """A module of `qat/formats`, or `none`."""
+    """A module of `qat/formats` that is a format, or `none`."""
     home = source.module_file("qat.formats")
     assert home is not None
-    return one_of(*sorted({path.stem for path in home.parent.glob("*.py")} - {"__init__", "base"}), "none")(value)
+    formats = [path.stem for path in home.parent.glob("*.py") if "\nMETHOD" in path.read_text(encoding="utf-8")]
+    return one_of(*sorted(formats), "none")(value)
 
 
 def widths(value: Any) -> str | None:
@@ -136,6 +139,7 @@ FIELDS: dict[str, Check] = {
     "evaluation.seq_len": whole(2),  # a window of one token predicts nothing
     "evaluation.batch_size": whole(),
     "export.dtype": one_of("bfloat16", "float16", "float32"),
+    "export.target": one_of(*READS, null=True),
     "certificate.new_tokens": whole(32),  # fewer prove nothing (`evaluation/verify.py`), as do fewer prompts than 3
     "generate.max_tokens": whole(),
     "tokens": whole(),

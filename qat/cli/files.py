@@ -12,6 +12,7 @@ from qat.cli.fields import widths as check_widths
 from qat.cli.format_rules import fits
 from qat.cli.model_file import ModelFacts, read_model
 from qat.cli.problem import Problem
+from qat.cli.serving import target
 from qat.numerics.allocate import budget_bits
 from qat.numerics.granularity import PerGroup
 from qat.numerics.recipe import Recipe
@@ -38,6 +39,7 @@ def check_files(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
             yield from base_groups(config, recipe, facts)
             yield from budget(config, recipe, facts)
             yield from fits(str(at(config, "format.name")), recipe, facts)
+    yield from target(config, built.get("recipe"), facts)
 
 
 def model(config: dict[str, Any]) -> ModelFacts | None:

@@ -7,9 +7,10 @@ from rich.console import Console
 
 from qat.cli import tracking
 from qat.cli.arms import full_precision_arm, ptq_arm, qat_arm
-from qat.cli.exporting import export, references
+from qat.cli.exporting import export, references, write_card
 from qat.cli.meter import Meter
-from qat.cli.workbench import Workbench, open_workbench
+from qat.cli.serving import kernel_lines
+from qat.cli.workbench import Workbench, linears, open_workbench
 from qat.evaluation.recovered import recovered
 from qat.numerics.kv import kind_of
 from qat.report.tables import arms_table, export_lines, recovered_lines, warnings
@@ -99,6 +100,12 @@ def _introduce(bench: Workbench) -> None:
     say(f"device {bench.run.facts['device']}, data {bench.tokens.path.name} {tokens}")
     say(f"calibration {calibrated} tokens, judged on {judged} test tokens in windows of {seq_len}\n")
     print(bench.plan, flush=True)
+    stored = bench.config["export"]
+    if stored["target"] is not None:
+        for line in kernel_lines(
+            stored["target"], bench.config["format"]["name"], linears(bench.plan), stored["dtype"]
+        ):
+            say(line)
     if bench.recipe.kv is not None:
         say(f"keys and values: {kind_of(bench.recipe.kv)}, a scale for each token and head, in every arm but fp")
 
@@ -124,6 +131,8 @@ def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
     spent = meter.read()
     summary["cost"] = summary.get("cost", {}) | {f"run_{key}": value for key, value in spent.items()}
     bench.run.write("summary.json", summary)
+    arm = TRAINED if bench.config["verb"] != "ptq" else bench.config["choices"]["method"]
+    write_card(bench, summary, arm, summary["export"])
     files = draw([bench.run.path], bench.run.path / "plots")
     for line in [f"plot: {file}" for file in files] or ["no plots: they need matplotlib (pip install 'qat[report]')"]:
         say(line)

@@ -183,6 +183,8 @@ def is_finished(path: Path, *verbs: str) -> bool:
 def config_sha(config: dict[str, Any]) -> str:
     """SHA-256 of everything in a resolved config that can change a number."""
     content = {key: value for key, value in config.items() if key not in NOT_NUMERIC}
+    if "export" in content:  # whom it is checked for changes no number
+        content["export"] = {key: value for key, value in content["export"].items() if key != "target"}
     content["choices"] = {key: value for key, value in config["choices"].items() if key not in NOT_NUMERIC}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from qat.cli import tracking
 from qat.cli.arms import full_precision_arm, ptq_arm
+from qat.cli.fields import at
 from qat.cli.meter import Meter
 from qat.cli.mixed import dump, mixed_recipe
 from qat.cli.run import WIDTH, say
@@ -29,7 +30,7 @@ from qat.report.sensitivity import allocation_lines, draw, recipes_table, sensit
 from qat.surgery.match import match
 
 MIXED = "mixed"  # the arm
-MEASURING = ("recipe", "observer", "calibration", "export", "bits", "unit")  # keys that decide what is measured
+MEASURING = ("recipe", "observer", "calibration", "export.dtype", "bits", "unit")  # keys that decide what is measured
 SAID_EVERY = 10.0  # seconds
 State = dict[str, Any]
 
@@ -97,7 +98,7 @@ def _taken_over(bench: Workbench, source: Path) -> State:
     """
     known = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
     facts = json.loads((source / "run.json").read_text(encoding="utf-8"))
-    other = [key for key in MEASURING if known[key] != bench.config[key]]
+    other = [key for key in MEASURING if at(known, key) != at(bench.config, key)]
     other += [key for key in ("model", "data") if facts[key]["fingerprint"] != bench.run.facts[key]["fingerprint"]]
     if other:
         raise ValueError(f"measured={source}: it measured with another {other[0]}; measure again with measured=null")

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat.cli.devices import by_device
 from qat.cli.rundir import RunDir
+from qat.cli.serving import check
 from qat.data.calibration import calibration
 from qat.data.text import Tokens, prepare
 from qat.engine.loader import ARCHITECTURES, FORMATS
 from qat.formats import gguf
 from qat.formats.base import digest
+from qat.formats.targets import Layer
 from qat.models import hf
 from qat.nn.kv import check_kv
 from qat.numerics.recipe import Recipe
@@ -141,6 +143,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     for row in plan.rows:
         if row.weight is not None and (name := config["format"]["name"]) != "none":
             FORMATS[name].check_scheme(row.name, row.weight, row.input, row.kind)
+    check(config, linears(plan), recipe.kv)
     if config["format"]["name"] == "gguf":
         gguf.check_model(model)
     if recipe.kv is not None:
@@ -181,6 +184,12 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     if not known:
         run.start(config, facts)
     return bench
+
+
+def linears(plan: Plan) -> list[Layer]:
+    """The linears of a plan, as those who load an export see them."""
+    rows = [row for row in plan.rows if row.kind != "Embedding" and len(row.shape) == 2]
+    return [Layer(row.name, (row.shape[0], row.shape[1]), row.weight, row.input) for row in rows]
 
 
 def check_servable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """A conversion loses nothing, says where it is from, and refuses what it would have to change."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -51,6 +52,11 @@ def test_every_format_becomes_another_and_is_verified(sources, tmp_path, source,
     for mine, theirs in zip(reference.load(tmp_path / "out"), reference.load(sources / source), strict=True):
         assert torch.equal(mine.logits, theirs.logits)
     assert {"captured": "not applicable: post-training method"}.items() <= certificate.items()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"Converted from a checkpoint in the format {FORMATS[source].METHOD}, whose" in text
+    assert hashlib.sha256((sources / source / "verify.json").read_bytes()).hexdigest() in text
+    assert "recipe.yaml" in certificate["files"]
+    assert (tmp_path / "out" / "serve" / "vllm.yaml").exists() == (name != "gguf")
 
 
 def test_there_and_back_is_the_same_file(sources, tmp_path):
@@ -89,6 +95,15 @@ def test_what_a_format_cannot_say_is_refused_by_module_and_nothing_is_written(tm
     export(tmp_path / "kv", kv="int8")
     with pytest.raises(ValueError, match=r"^recipe\.kv: gptq has no word"):
         convert(tmp_path / "kv", "gptq", tmp_path / "out", "cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_target_cannot_load_is_refused_and_nothing_is_written(tmp_path):
+    export(tmp_path / "ct", 4)
+    with pytest.raises(ValueError, match=r"^format\.name: export\.target=vllm does not read format=gguf"):
+        convert(tmp_path / "ct", "gguf", tmp_path / "out", "cpu", "vllm")
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.\S+ \[64, 64\] as int4_g32: export\.target=sglang"):
+        convert(tmp_path / "ct", "gptq", tmp_path / "out", "cpu", "sglang")
     assert not (tmp_path / "out").exists()
 
 

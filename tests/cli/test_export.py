@@ -38,6 +38,9 @@ def test_a_post_training_arm(finished, tmp_path, capsys, arm):
     assert f"{arm}: block" not in capsys.readouterr().out
     certificate = json.loads((tmp_path / "out" / "verify.json").read_text())
     assert certificate["arm"] == arm
+    text = (tmp_path / "out" / "README.md").read_text()
+    ppl = json.loads((finished.path / "summary.json").read_text())["arms"][arm]["ppl"]
+    assert f"| **{arm}** | {ppl:.3f} | " in text
     assert certificate["verified"]
     assert "not applicable" in certificate["captured"]
 

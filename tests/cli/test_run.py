@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from tiny_run import arguments
 from qat.cli import arms as module
 from qat.cli import run
 from qat.cli.main import main
+from qat.engine.loader import open_checkpoint
+from qat.evaluation.verify import _files
 from qat.formats import compressed_tensors
+from qat.report.card import number_rows
 
 pytestmark = pytest.mark.whole
 
@@ -109,6 +113,24 @@ def test_the_export_is_verified_and_loads(finished):
     assert checkpoint.config["dtype"] == "bfloat16"
 
 
+def test_the_card_has_the_summarys_numbers(finished):
+    """It came after the certificate, whose files still are what they were; recipe and serve files are bound by it."""
+    path, arms = finished.path / "export" / "compressed_tensors", load(finished.path)["arms"]
+    text = (path / "README.md").read_text()
+    for name, row in zip(("fp", "rtn", "gptq", "awq", "**qat**"), number_rows(arms, "qat"), strict=True):
+        assert row[0] == name
+        assert f"| {' | '.join(row)} |" in text
+    assert f"{arms['qat']['ppl']:.3f}" in text
+    assert load(finished.path, "run.json")["data"]["fingerprint"] in text
+    certificate = load(path, "verify.json")
+    assert {"recipe.yaml", "serve/vllm.yaml", "serve/ray_serve.py"} < certificate["files"].keys()
+    assert "README.md" not in certificate["files"]
+    checkpoint = open_checkpoint(path)
+    assert _files(checkpoint, certificate["files"])["passed"]
+    assert "serve/sglang.sh" not in certificate["files"]  # 64 in-features fill none of its tiles
+    assert "SGLang: not served. model.layers.0." in text
+
+
 def test_the_run_directory_is_complete(finished):
     path = finished.path
     names = {"config.yaml", "run.json", "metrics.jsonl", "summary.json", "checkpoints", "export", "plots"}
@@ -141,9 +163,10 @@ def test_a_finished_run_is_not_used_again(finished, root, monkeypatch, capsys):
 
 def test_dry_run_stops_after_the_plan(start, monkeypatch):
     monkeypatch.setattr(run, "full_precision_arm", lambda bench: pytest.fail("computed something"))
-    status, out, _ = start("dry_run=true")
+    status, out, _ = start("dry_run=true", "export.target=vllm")
     assert status == 0
     assert "int4_g32" in out
+    assert re.search(r"\n  q_proj +\[64, 64\] +x 1 +Marlin\n", out)
 
 
 class Stopped(ValueError):

@@ -329,6 +329,9 @@ def test_the_sha_is_that_of_the_content(config):
     assert config_sha(shuffled) == config_sha(config)
     assert config_sha(config | {"runs": "x", "resume": "never", "dry_run": True}) == config_sha(config)
     assert config_sha(config | {"device": "cpu"}) != config_sha(config)
+    exports = [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "target": "vllm"}, {"dtype": "float16", "target": "vllm"}]
+    bare, checked, other = (config_sha(config | {"export": export}) for export in exports)
+    assert bare == checked != other
 
 
 def test_a_directory_that_cannot_be_written(config, tmp_path, capsys):
