@@ -2,7 +2,7 @@
 
 Facts, each with its source; none was run here. What is not known is called so, and is not refused.
 
-    vllm          vLLM 0.33.0, read from source: `kernels/linear/mixed_precision/{machete,marlin,exllama}.py`,
+    vllm          read from source, of several releases: `kernels/linear/mixed_precision/{machete,marlin,exllama}.py`,
                   `quantization/utils/{machete,marlin}_utils.py`, `quantization/compressed_tensors/`
     sglang        `srt/layers/quantization/{marlin_utils.py,compressed_tensors/}`, read from source
     transformers  5.23 with compressed-tensors 0.20: tests/formats hold it to what is said here
