@@ -201,7 +201,7 @@ def packed_modules(reader: Reader, parts: tuple[str, ...]) -> list[str]:
     """Modules that are stored as these parts, the first of which marks them.
 
     Raises:
-        ValueError: A part is missing, or belongs to no module; or there is none at all.
+        ValueError: A part is missing, or belongs to no module; or a module has another weight; or there is none at all.
     """
     modules = [name.removesuffix(f".{parts[0]}") for name in reader.files if name.endswith(f".{parts[0]}")]
     whole = {f"{module}.{part}" for module in modules for part in parts}
@@ -211,7 +211,15 @@ def packed_modules(reader: Reader, parts: tuple[str, ...]) -> list[str]:
         raise ValueError(f"{reader.path}: tensor {lost[0]} is missing")
     if not modules:
         raise ValueError(f"{reader.path}: config.json says quantized, but no tensor ends in {parts[0]}")
+    for module in modules:
+        check_only_weight(reader, module)
     return modules
+
+
+def check_only_weight(reader: Reader, module: str) -> None:
+    """Raises ValueError if a packed module has a plain weight beside its parts: readers would differ in which is it."""
+    if (name := f"{module}.weight") in reader.files:
+        raise ValueError(f"{reader.files[name]}: tensor {name} lies beside the packed weight of {module}; delete one")
 
 
 def scale_dtype_of(file: Path, said: Mapping[str, Any], stored: str) -> str:

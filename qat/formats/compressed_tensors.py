@@ -27,6 +27,7 @@ from qat.formats.base import (
     Lazy,
     Reader,
     certified_parts,
+    check_only_weight,
     linear_names,
     read_json,
     recipe_of,
@@ -199,6 +200,9 @@ def load(path: Path | str) -> Checkpoint:
     owned = {*PARTS, *INPUT_PARTS} - {"weight"}
     if strays := [n for n in reader.files if n.rpartition(".")[2] in owned and n not in parts and n not in inputs]:
         raise ValueError(f"{reader.files[strays[0]]}: tensor {strays[0]} belongs to no module that is quantized so")
+    for name, how in stored.items():
+        if "weight" not in how.parts:
+            check_only_weight(reader, name)
     if lost := sorted((parts | set(inputs)) - set(reader.files)):
         raise ValueError(f"{path}: tensor {lost[0]} is missing")
 
@@ -282,7 +286,10 @@ def _with_dtypes(reader: Reader, name: str, how: Stored, storage: str | None) ->
         if scheme.scale_dtype in (E4M3, E8M0) or tensor not in reader.files:
             return scheme
         stored = reader.dtype(tensor)
-        return replace(scheme, scale_dtype=None if stored == storage else stored)
+        try:
+            return replace(scheme, scale_dtype=None if stored == storage else stored)
+        except ValueError as error:
+            raise ValueError(f"{reader.files[tensor]}: {tensor}: {error}") from None
 
     weight, input = told(how.weight, f"{name}.weight_scale"), how.input
     if input is not None and not input.dynamic:

@@ -34,6 +34,7 @@ from qat.surgery.prepare import families
 from qat.surgery.walk import Block, Changes, walk
 
 Duo = bool | Literal["both"]
+UNHEARD = "its inputs are zero on the calibration data"
 KINDS: dict[Duo, tuple[bool, ...]] = {True: (True,), False: (False,), "both": (True, False)}
 
 
@@ -72,8 +73,8 @@ def awq(
 
     Returns:
         Changes; `layers` has a row for each mapping with `loss`, `identity` (the loss of round to nearest), `ratio` and
-        `duo` (None: the identity won), `fallback` (None) and `seconds`; and one for each module outside of the blocks,
-        with its `fallback`.
+        `duo` (None: the identity won), `fallback` (that nothing reaches its linears, or None) and `seconds`; and one
+        for each module outside of the blocks, with its `fallback`.
 
     Raises:
         ValueError: The family is not known, the recipe does not fit, activations are not finite, or `duo_scaling` is no
@@ -134,7 +135,8 @@ class Heard:
         Raises:
             ValueError: A linear's input is not finite.
         """
-        heard, counts, handles = Heard(grams=_empty(block, grams)), dict.fromkeys(linears, 0), []
+        heard = Heard(_empty(block, linears, 1), _empty(block, grams, 2))
+        counts, handles = dict.fromkeys(linears, 0), []
 
         def hear(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -142,7 +144,7 @@ class Heard:
                     heard.calls.setdefault(name, []).append((args, kwargs, _first(output)))
                 if name in counts:
                     x = rows(args[0]).float()
-                    heard.x_mean[name] = heard.x_mean.get(name, 0) + x.abs().sum(0)
+                    heard.x_mean[name] += x.abs().sum(0)
                     if name in grams:
                         add_product(heard.grams[name], rows(args[0]), rows(args[0]))
                     counts[name] += len(x)
@@ -158,9 +160,9 @@ class Heard:
             for handle in handles:
                 handle.remove()
         for name, count in counts.items():
-            heard.x_mean[name] = heard.x_mean[name] / count
+            heard.x_mean[name] /= max(count, 1)  # 0 of a linear that no token reaches
             if name in grams:
-                heard.grams[name] = heard.grams[name] / count
+                heard.grams[name] /= max(count, 1)
             if not bool(torch.isfinite(heard.x_mean[name]).all()):
                 raise ValueError(f"{block.name}.{name}: its inputs are not finite on the calibration data")
         return heard
@@ -192,6 +194,10 @@ class Search:
         """The report row of a mapping, and the scales `[I]` to fold; None if the identity won."""
         start = time.monotonic()
         x_mean = heard.x_mean[smoothing.linears[0]]
+        name = f"{block.name}.{smoothing.previous} -> {', '.join(smoothing.linears)}"
+        if not bool(x_mean.any()):  # nothing reaches the linears: no rounding of theirs is an error
+            row = {"name": name, "loss": 0.0, "identity": 0.0, "ratio": None, "duo": None, "fallback": UNHEARD}
+            return {**row, "seconds": time.monotonic() - start}, None
         w_mean = relative_magnitude({name: weights[name] for name in smoothing.linears}, schemes)
         inspect, calls = block.module.get_submodule(smoothing.inspect), heard.calls.pop(smoothing.inspect)
         linears = {name: block.module.get_submodule(name) for name in smoothing.linears}
@@ -213,7 +219,6 @@ class Search:
             tried.append(absorbed(block, smoothing, wanted, self.dtype, self.offset))
         sums = torch.stack([loss(scales) for scales in tried])
         losses = (sums / sum(output.numel() for _, _, output in calls)).tolist()  # a GPU's host waits once
-        name = f"{block.name}.{smoothing.previous} -> {', '.join(smoothing.linears)}"
         identity, best = losses[0], min(losses)  # the identity, if no other is better
         if not math.isfinite(identity):
             raise ValueError(f"{name}: rounded to nearest, its output is not finite on the calibration data")
@@ -263,10 +268,10 @@ def _round(
     return QuantizedTensor(codes, scale, zero_point, scheme, tuple(weight.shape), g)
 
 
-def _empty(block: Block, linears: list[str]) -> dict[str, Tensor]:
-    """A matrix of zeros for each linear, in-features by in-features."""
+def _empty(block: Block, linears: list[str], axes: int) -> dict[str, Tensor]:
+    """Zeros for each linear, in-features long on each axis."""
     weights = {name: block.module.get_parameter(f"{name}.weight") for name in linears}
-    return {name: w.new_zeros(w.shape[1], w.shape[1], dtype=torch.float32) for name, w in weights.items()}
+    return {name: w.new_zeros([w.shape[1]] * axes, dtype=torch.float32) for name, w in weights.items()}
 
 
 def _first(output: Any) -> Tensor:

@@ -119,15 +119,17 @@ def _quantize_stage(block: Block, names: list[str], schemes: dict[str, Scheme], 
         accumulate_hessian(hessian, x)
         if cross is not None and full is not None:
             accumulate_cross(cross, full, x)
-    if not bool(torch.isfinite(hessian).all()):
+    if not all(bool(torch.isfinite(sums).all()) for sums in (hessian, cross) if sums is not None):
         raise ValueError(f"{block.name}.{names[0]}: its inputs are not finite on the calibration data")
     changes = Changes()
     for together in _stacks(names, schemes):
         weights: list[Tensor] = [linears[name].get_parameter("weight") for name in together]
         sizes = [len(weight) for weight in weights]
-        tensor, losses_O, row = quantize_rows(
-            torch.cat(weights).float(), hessian, schemes[together[0]], **knobs, cross_II=cross
-        )
+        stacked, scheme = torch.cat(weights).float(), schemes[together[0]]
+        try:
+            tensor, losses_O, row = quantize_rows(stacked, hessian, scheme, **knobs, cross_II=cross)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(f'{block.name}.{name}' for name in together)}: {error}") from None
         parts = [tensor] if len(together) == 1 else _split(tensor, sizes)
         for name, weight, part, losses in zip(together, weights, parts, losses_O.split(sizes), strict=True):
             weight.copy_(part.dequantize(weight.dtype))
@@ -156,7 +158,8 @@ def _inputs(block: Block, name: str, both: bool) -> Iterator[tuple[Tensor, Tenso
             if both:
                 with suppress(_Heard):
                     block.output(index, block.original, block.full)
-            yield heard[0], heard[1] if both else None
+            if len(heard) == (2 if both else 1):  # none of a linear that no token reaches
+                yield heard[0], heard[1] if both else None
             heard.clear()
 
 

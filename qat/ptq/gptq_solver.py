@@ -20,6 +20,7 @@ from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.scheme import Scheme
 
 MAX_DAMPING = 1.0
+NOT_FINITE = "the Hessian is not finite, or not one of real inputs"
 
 Order = Literal["none", "static", "group"]
 Groups = Literal["static", "current", "stale"]
@@ -101,7 +102,11 @@ def quantize_rows(
     cross_II: Tensor | None,
     asymmetry: float,
 ) -> tuple[QuantizedTensor, Tensor, dict[str, Any]]:
-    """`quantize_weight`, with the loss of each row (fp64 `[O]`) beside `{"damping", "fallback"}`."""
+    """`quantize_weight`, with the loss of each row (fp64 `[O]`) beside `{"damping", "fallback"}`.
+
+    Raises:
+        ValueError: The weight is not finite, or what is handed from column to column stops being so.
+    """
     check(act_order, groups)
     weight = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
     g = divisor((weight,), scheme)  # of all rows: stacked linears share it
@@ -138,6 +143,8 @@ def quantize_rows(
         codes[:, now], errors = round_block(rest[:, now], s_OI[:, now], zeros, factor[now, now], scheme.grid)
         rest[:, now.stop :].addmm_(errors, factor[now, now.stop :], alpha=-1.0)
         losses += errors.double().square().sum(1) / 2
+    if not bool(torch.isfinite(losses).all()):
+        raise ValueError(f"GPTQ's corrections grew beyond {weight.dtype} at damping {used}; raise damping")
     restored = torch.empty_like(codes)
     restored[:, order] = codes
     scale, zero_point = joined([found[index] for index in sorted(found)])
@@ -196,12 +203,16 @@ def unequal(cross_II: Tensor, factor_II: Tensor) -> Tensor:
 def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor | None, float, str | None]:
     """Upper Cholesky factor of the inverse of the damped Hessian (fp64), and the damping it took.
 
+    A zero Hessian has none: every rounding would be as good, so it is not worth one that looks as if it were solved.
+
     Returns:
         (factor, damping, None), or (None, damping, why) where even the largest damping gives no factor.
     """
     diagonal = hessian_II.diagonal().double()
     mean = diagonal.mean()
-    diagonal = diagonal + (diagonal == 0).double() * (mean if mean > 0 else 1.0)
+    if not bool(mean > 0) or not bool(torch.isfinite(hessian_II).all()):
+        return None, damping, "the Hessian is zero: calibration never excites it" if mean == 0 else NOT_FINITE
+    diagonal = diagonal + (diagonal == 0).double() * mean
     used = damping
     while True:  # of a large matrix a copy in fp64 takes gigabytes: none lives longer than it has to
         damped = hessian_II.to(torch.float64, copy=True)

@@ -26,7 +26,7 @@ from qat.nn.observers.base import Observer
 from qat.numerics.metrics import kl
 from qat.numerics.recipe import Recipe
 from qat.ptq.base import Method, listening, nearest, onwards, rows, targets
-from qat.surgery.calibrate import calibrate
+from qat.surgery.calibrate import calibrate, check_batches
 from qat.surgery.convert import apply, quantize_inputs
 from qat.surgery.fold import absorbed, fold, foldable
 from qat.surgery.match import Plan, match
@@ -72,13 +72,12 @@ def smoothquant(
         `fallback` (None) and `seconds`, and the rows of what rounds.
 
     Raises:
-        ValueError: An alpha is outside of [0, 1], there are no batches, the family is not known, the recipe does not
-            fit, or activations are not finite.
+        ValueError: An alpha is outside of [0, 1], batches are none that calibrate, the family is not known, the recipe
+            does not fit, or activations are not finite.
     """
     if strays := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
         raise ValueError(f"alphas: {strays[0]}: a migration strength is from 0 (none) to 1 (all into the weights)")
-    if not batches:
-        raise ValueError("SmoothQuant takes the ranges of inputs from calibration batches, and there are none")
+    check_batches(batches)
     plan, structure = match(model, recipe), structure_of(model.config.model_type)
     kept = None if store is None else store / "smoothed.safetensors"
     if kept is not None and kept.exists():

@@ -1,6 +1,6 @@
-"""calibrate: static ranges of activations, from batches that the model sees."""
+"""calibrate: static ranges of activations, from batches that the model sees; and what such batches must not be."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,27 @@ def needing(model: nn.Module) -> dict[str, FakeQuantize]:
     """The fake-quantizations whose ranges calibration finds, by module name: those that keep a running range."""
     modules = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantize)}
     return {name: m for name, m in modules.items() if hasattr(m, "seen")}
+
+
+def check_batches(batches: Sequence[Tensor]) -> None:
+    """Refuses batches that cannot calibrate anything.
+
+    A single token over and over (padding, one token alone) gives every linear one direction to keep, whatever the
+    length: attention over equal values is that value.
+
+    Raises:
+        ValueError: There are none, they are not token ids, or all of them are the same token.
+    """
+    if not sum(batch.numel() for batch in batches):
+        raise ValueError("there are no calibration batches; give calibration.samples and seq_len of 1 or more")
+    if strays := [batch.dtype for batch in batches if batch.is_floating_point()]:
+        raise ValueError(f"a calibration batch holds {strays[0]}; token ids are integers")
+    lowest, highest = min(int(batch.min()) for batch in batches), max(int(batch.max()) for batch in batches)
+    if lowest == highest:
+        raise ValueError(
+            f"the calibration batches hold nothing but token {lowest}: padding, or one token over and over, says "
+            f"nothing about activations; give windows of real text (data.path, calibration.samples)"
+        )
 
 
 @contextmanager
@@ -53,9 +74,11 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
         How many modules were calibrated; 0, and nothing is run, where every range is dynamic.
 
     Raises:
-        ValueError: An activation is not finite, or there are no batches; names the module.
+        ValueError: An activation is not finite, names the module; or batches are none that calibrate.
     """
-    device = next(model.parameters()).device
+    device, batches = next(model.parameters()).device, list(batches)
+    if needing(model):
+        check_batches(batches)
     with calibrating(model) as count:
         for batch in batches if count else ():
             model(input_ids=batch.to(device), use_cache=False)

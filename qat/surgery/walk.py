@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qat.nn.windows import whole_windows
 from qat.numerics.recipe import Recipe
+from qat.surgery.calibrate import check_batches
 from qat.surgery.changes import Changes, write
 
 
@@ -93,8 +94,10 @@ def walk(
         The changes of all blocks together, where the model is.
 
     Raises:
-        ValueError: Hidden states stop being finite; names the block.
+        ValueError: Batches are none that calibrate; or a tensor of a block, or its hidden states, are not finite; names
+            it.
     """
+    check_batches(batches)
     layers = model.get_submodule(blocks)
     assert isinstance(layers, nn.ModuleList)
     home = next(model.parameters()).device
@@ -107,6 +110,7 @@ def walk(
         done = _restore(store, changes, recipe, inputs, stream, len(layers), home)
     for index in range(done, len(layers)):
         last, name = index + 1 == len(layers), f"{blocks}.{index}"
+        _check_finite(name, layers[index])
         module, arguments = layers[index], kwargs[index]
         if device is not None:
             module, arguments = copied(module, there), _moved(arguments, there)
@@ -138,6 +142,14 @@ def copied(module: nn.Module, device: torch.device) -> nn.Module:
         for part in parts
     ]
     return copy.deepcopy(module, {id(part): moved for part, moved in zip(parts, there, strict=True)})
+
+
+def _check_finite(name: str, module: nn.Module) -> None:
+    """Raises ValueError if a parameter of the block is not finite, by name, before anything is made of it."""
+    parameters = dict(module.named_parameters())
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters.values()]).tolist()
+    if strays := [key for key, fine in zip(parameters, finite, strict=True) if not fine]:
+        raise ValueError(f"{name}.{strays[0]}: not finite; the model is damaged")
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -39,7 +39,7 @@ from qat.numerics.affine import group
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import is_input_scale
-from qat.surgery.calibrate import calibrating
+from qat.surgery.calibrate import calibrating, check_batches
 from qat.surgery.changes import Changes
 from qat.surgery.convert import convert, quantize_inputs
 from qat.surgery.match import Plan, match
@@ -167,6 +167,7 @@ def blockwise(
             raise ValueError(f"{name}: train has round, which knows integer grids only, not {scheme}; use weights")
     if batch_size < 1:
         raise ValueError(f"blockwise: batch_size={batch_size}; use 1 or more")
+    check_batches(batches)
     steps = list(torch.cat(batches).split(batch_size))
 
     def visit(block: Block) -> Changes:

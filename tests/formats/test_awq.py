@@ -179,6 +179,7 @@ DAMAGE = [
     (put(f"{Q}.scales", lambda t: None), f"tensor {Q}.scales is missing"),
     (put(f"{Q}.qzeros", lambda t: None), f"tensor {Q}.qzeros is missing"),
     (put(f"{Q}.qweight", lambda t: None), rf"tensor {Q}\.\w+ belongs to no quantized module"),
+    (put(f"{Q}.weight", lambda t: torch.ones(64, 64)), f"tensor {Q}.weight lies beside the packed weight of {Q}"),
     (put("stray.qzeros", lambda t: torch.ones(1)), r"tensor stray\.qzeros belongs to no quantized module"),
     (put(f"{Q}.qweight", lambda t: t[:, :-1].contiguous()), rf"model\.safetensors: {Q}\.qweight: .* needs \(64, 8\)"),
     (put(f"{Q}.qweight", lambda t: t[:32].contiguous()), rf"{Q}\.qzeros: .* needs \(1, 8\)"),

@@ -2,9 +2,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny import byte_tokenizer, tiny
+from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, scheme, tiny
 
+from qat.formats import awq, compressed_tensors, gptq
 from qat.formats.base import (
     Checkpoint,
     Lazy,
@@ -18,7 +19,9 @@ from qat.formats.base import (
     unquantized_state,
     write_directory,
 )
-from qat.numerics.recipe import Recipe
+from qat.nn.observers.minmax import MinMax
+from qat.numerics.recipe import Recipe, Rule
+from qat.ptq.rtn import rtn
 
 BF16 = torch.bfloat16
 
@@ -194,3 +197,52 @@ def test_scales_in_half_come_back_or_are_refused(dtype):
             from_half(torch.tensor([1.0, bad], dtype=torch.float16), dtype)
     with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
         from_half(torch.ones(2, dtype=torch.int16), dtype)
+
+
+def spoiled(value):
+    """A part whose sixth number is another one, if it holds floats."""
+
+    def change(part):
+        if part.is_floating_point():
+            part.view(-1)[5] = value
+        return part
+
+    return change
+
+
+DAMAGES = [
+    lambda part: None,
+    lambda part: part[:-1].contiguous(),
+    lambda part: part[:0].contiguous(),
+    lambda part: part.T.contiguous() if part.dim() == 2 else part,
+    lambda part: part.flatten(),
+    lambda part: torch.cat([part, part]),
+    lambda part: part.double() if part.is_floating_point() else part.long(),
+    *(spoiled(value) for value in (float("nan"), float("inf"), 0.0, -1.0)),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("form", [awq, compressed_tensors, gptq], ids=lambda form: form.METHOD)
+def test_a_damaged_part_is_refused_by_name_or_reads_as_the_same_weight(tmp_path, form, symmetric):
+    """Without a certificate, as other tools write: what is read must follow from the parts alone."""
+    module, path, model = "model.layers.0.self_attn.q_proj", tmp_path / "m", tiny(1)
+    rules = Recipe({"rest": Rule(".*", None), "q": Rule(".*q_proj", scheme(symmetric=symmetric))})
+    rules, tensors = form.expressed(rules, rtn(model, rules, [], observer=MinMax()).tensors)
+    form.save(path, model, rules, tensors, {}, None)
+    (path / "verify.json").unlink()
+    whole, refusals = load_file(path / "model.safetensors"), []
+    for name in [name for name in whole if name.startswith(f"{module}.")]:
+        for how in DAMAGES:
+            part = how(whole[name].clone())
+            parts = {n: part if n == name else t for n, t in whole.items() if n != name or part is not None}
+            save_file(parts, path / "model.safetensors")
+            try:
+                found = form.load(path).tensors[module].dequantize(torch.float32)
+            except ValueError as error:
+                refusals.append(str(error))
+            else:
+                assert torch.equal(found, tensors[module].dequantize(torch.float32)), (name, part)
+    assert len(refusals) > 15
+    assert all(module in refusal for refusal in refusals)

@@ -306,6 +306,11 @@ def reconfigured(**changes):
     return apply
 
 
+def cut(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
 def put(name, value):
     return tampered(lambda t: t.__setitem__(name, value(t.get(name))))
 
@@ -313,7 +318,9 @@ def put(name, value):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (cut, r"model\.safetensors: truncated or not a safetensors file"),
         (tampered(lambda t: t.pop(f"{Q}.weight_scale")), f"tensor {Q}.weight_scale is missing"),
+        (put(f"{Q}.weight", lambda t: torch.ones(64, 64)), f"tensor {Q}.weight lies beside the packed weight of {Q}"),
         (tampered(lambda t: t.pop(f"{Q}.weight_zero_point")), f"tensor {Q}.weight_zero_point is missing"),
         (put(f"{Q}.weight_packed", lambda t: t[:, :-1].contiguous()), rf"model\.safetensors: {Q}\.weight_packed"),
         (put(f"{Q}.weight_packed", lambda t: t.to(torch.int64)), rf"{Q}\.weight_packed: torch\.int64"),

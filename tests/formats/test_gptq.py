@@ -262,6 +262,7 @@ DAMAGE = [
     (put(f"{Q}.qzeros", lambda t: None), f"tensor {Q}.qzeros is missing"),
     (put(f"{Q}.g_idx", lambda t: None), f"tensor {Q}.g_idx is missing"),
     (put(f"{Q}.qweight", lambda t: None), rf"tensor {Q}\.\w+ belongs to no quantized module"),
+    (put(f"{Q}.weight", lambda t: torch.ones(64, 64)), f"tensor {Q}.weight lies beside the packed weight of {Q}"),
     (put("stray.scales", lambda t: torch.ones(1)), r"tensor stray\.scales belongs to no quantized module"),
     (put(f"{Q}.qweight", lambda t: t[:-1].contiguous()), rf"model\.safetensors: {Q}\.qweight: .* needs \(8, 64\)"),
     (put(f"{Q}.qweight", lambda t: t.long()), rf"{Q}\.qweight: torch\.int64"),

@@ -10,7 +10,7 @@ from qat.models.llama import LLAMA
 from qat.nn.observers.minmax import MinMax
 from qat.nn.observers.mse import MSE
 from qat.numerics.recipe import Recipe, Rule
-from qat.ptq.awq import awq, candidate
+from qat.ptq.awq import UNHEARD, awq, candidate
 from qat.ptq.rtn import rtn
 from qat.surgery.convert import apply
 
@@ -125,3 +125,26 @@ def test_what_stays_unquantized_absorbs_nothing():
     names = [row["name"] for row in changes.layers]
     assert not [n for n in names if "v_proj ->" in n or "input_layernorm" in n]
     assert len(changes.tensors) == 12
+
+
+def test_a_mapping_that_gets_nothing_but_zeros_is_left_alone_and_reported():
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.zero_()
+    changes = awq(model, recipe(3), batches(), observer=MinMax(), grid=3, clip=True)
+    dead = [row["name"].partition(" ")[0] for row in changes.layers if row["fallback"]]
+    assert dead == [f"model.layers.1.{name}" for name in ("input_layernorm", "self_attn.v_proj")]
+    nearest = rtn(model, recipe(3), [], observer=MinMax()).tensors
+    for name in (f"model.layers.1.self_attn.{part}_proj" for part in "qk"):
+        assert torch.equal(changes.tensors[name].codes, nearest[name].codes)
+
+
+def test_a_linear_that_no_token_reaches_is_rounded_to_nearest(monkeypatch):
+    model = tiny(layers=1)
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: self.up_proj(x)[..., :64])
+    rules = Recipe({"down": Rule(".*(up|down)_proj", scheme(3))})
+    changes = awq(model, rules, batches(), observer=MinMax(), grid=3, clip=True)
+    nearest = rtn(model, rules, [], observer=MinMax()).tensors
+    name = "model.layers.0.mlp.down_proj"
+    assert torch.equal(changes.tensors[name].codes, nearest[name].codes)
+    assert [row["fallback"] for row in changes.layers if name[15:] in row["name"]] == [UNHEARD]

@@ -143,3 +143,40 @@ def test_an_unknown_family_is_refused():
     model.config.model_type = "mamba"
     with pytest.raises(ValueError, match="'mamba' is not described"):
         gptq(model, recipe(), [], observer=MinMax())
+
+
+@pytest.mark.parametrize("asymmetry", [0.0, 0.25])
+def test_linears_that_get_nothing_but_zeros_are_rounded_to_nearest_and_reported(asymmetry):
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.zero_()
+    changes = gptq(model, recipe(3), [torch.randint(0, 256, (2, 24))], observer=MinMax(), asymmetry=asymmetry)
+    nearest = rtn(model, recipe(3), [], observer=MinMax()).tensors
+    dead = {f"model.layers.1.self_attn.{part}_proj" for part in "qkvo"}
+    assert {row["name"] for row in changes.layers if row["fallback"]} == dead
+    assert {row["fallback"] for row in changes.layers} == {None, "the Hessian is zero: calibration never excites it"}
+    for name in dead:
+        assert torch.equal(changes.tensors[name].codes, nearest[name].codes)
+        assert torch.equal(changes.tensors[name].scale, nearest[name].scale)
+
+
+@pytest.mark.parametrize("asymmetry", [0.0, 0.25])
+def test_a_linear_that_no_token_reaches_is_rounded_to_nearest_and_reported(monkeypatch, asymmetry):
+    """As an expert to which nothing is routed: the block computes without it."""
+    model = tiny(layers=1)
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+    rules = Recipe({"gate": Rule(".*gate_proj", scheme(3))})
+    changes = gptq(model, rules, [torch.randint(0, 256, (2, 24))], observer=MinMax(), asymmetry=asymmetry)
+    (row,) = changes.layers
+    assert "calibration never excites it" in row["fallback"]
+    nearest = rtn(model, rules, [], observer=MinMax()).tensors[row["name"]]
+    assert torch.equal(changes.tensors[row["name"]].codes, nearest.codes)
+
+
+def test_an_error_in_a_linear_has_its_name():
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 3e38  # finite; its scale is not, in half
+    batches = [torch.randint(0, 256, (1, 8))]
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.down_proj: a scale is not finite"):
+        gptq(model, recipe(), batches, observer=MinMax(), dtype=torch.float16)

@@ -236,6 +236,51 @@ def test_without_any_factor_it_falls_back_to_rtn_and_says_so():
     assert "no Cholesky factor at damping 1.0" in row["fallback"]
 
 
+def test_a_zero_hessian_is_a_reported_fallback():
+    weight, _, _ = problem()
+    tensor, row = quantize_weight(weight, torch.zeros(64, 64), SCHEMES[0], observer=MinMax())
+    scale, _ = MinMax().qparams(weight, SCHEMES[0], torch.bfloat16)
+    assert torch.equal(tensor.codes, quantize(weight, scale, None, SCHEMES[0].grid))
+    assert "the Hessian is zero" in row["fallback"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(3, 3), (3, 5)])
+def test_a_hessian_that_is_not_finite_is_a_reported_fallback(place, bad):
+    weight, _, hessian = problem()
+    hessian[place] = bad
+    tensor, row = quantize_weight(weight, hessian, SCHEMES[0], observer=MinMax(), act_order="none")
+    scale, _ = MinMax().qparams(weight, SCHEMES[0], torch.bfloat16)
+    assert torch.equal(tensor.codes, quantize(weight, scale, None, SCHEMES[0].grid))
+    assert "the Hessian is not finite" in row["fallback"]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 31])
+def test_a_rank_deficient_hessian_keeps_the_output_at_least_as_well_as_rtn(tokens):
+    """Fewer tokens than columns: what they do not say is left to the damping, and no code is wild."""
+    weight, x, hessian = problem(rows=64, tokens=tokens)
+    tensor, row = quantize_weight(weight, hessian, scheme(4), observer=MinMax())
+    assert int(torch.linalg.matrix_rank(hessian)) == tokens
+    assert row["fallback"] is None
+    scale, _ = MinMax().qparams(weight, scheme(4), torch.bfloat16)
+    nearest = quantize(weight, scale, None, scheme(4).grid).float().view(64, 2, 32) * scale.float()[..., None]
+    error = [(x @ (w - weight).T).square().mean() for w in (tensor.dequantize(torch.float32), nearest.view(64, 64))]
+    assert error[0] < 0.7 * error[1]
+    assert float((tensor.dequantize(torch.float32) - weight).norm()) < 2 * float((nearest.view(64, 64) - weight).norm())
+
+
+def test_a_weight_or_a_correction_that_is_not_finite_is_an_error():
+    weight, _, hessian = problem()
+    broken = weight.clone()
+    broken[2, 3] = float("nan")
+    for groups in ("static", "current"):
+        with pytest.raises(ValueError, match="not finite"):
+            quantize_weight(broken, hessian, SCHEMES[0], observer=MinMax(), act_order="none", groups=groups)
+    cross = torch.full_like(hessian, float("inf"))
+    with pytest.raises(ValueError, match=r"corrections grew beyond torch\.float32 at damping 0\.01; raise damping"):
+        quantize_weight(weight, hessian, SCHEMES[0], observer=MinMax(), cross_II=cross, asymmetry=1.0)
+
+
 class Live(TorchDispatchMode):
     """How many fp64 matrices live at once."""
 

@@ -11,7 +11,7 @@ from qat.numerics.granularity import PerTensor, PerToken
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
-from qat.surgery.calibrate import calibrate, needing
+from qat.surgery.calibrate import calibrate, calibrating, check_batches, needing
 from qat.surgery.convert import apply, convert, input_scales, quantize_inputs
 from qat.surgery.prepare import prepare
 
@@ -94,6 +94,31 @@ def test_dynamic_ranges_need_none():
     assert calibrate(prepared(None), BATCHES) == 0
 
 
-def test_without_batches_the_module_is_named():
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.input_fake_quant: no batch"):
+def test_without_batches_static_ranges_are_refused_and_a_module_that_none_reaches_is_named():
+    with pytest.raises(ValueError, match="there are no calibration batches"):
         calibrate(prepared(STATIC, Clipped()), [])
+    unheard = pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.input_fake_quant: no batch")
+    with unheard, calibrating(prepared(STATIC, Clipped())):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([], "there are no calibration batches"),
+        ([torch.empty(2, 0, dtype=torch.int64)], "there are no calibration batches"),
+        ([torch.tensor([[7]])], "nothing but token 7"),
+        ([torch.zeros(2, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)], "nothing but token 0: padding"),
+        ([torch.full((2, 8), float("nan"))], r"holds torch\.float32; token ids are integers"),
+    ],
+)
+def test_batches_that_cannot_calibrate_are_refused(batches, words):
+    with pytest.raises(ValueError, match=words):
+        check_batches(batches)
+    with pytest.raises(ValueError, match=words):
+        calibrate(prepared(STATIC), batches)
+    assert calibrate(prepared(TOKEN), batches) == 0
+
+
+def test_two_tokens_in_different_batches_calibrate():
+    check_batches([torch.tensor([[7]]), torch.tensor([[8]])])

@@ -238,7 +238,7 @@ def test_the_model_gets_its_blocks_back_after_an_error():
     model = tiny()
     blocks = list(model.model.layers)
     with pytest.raises(IndexError):
-        walk(model, [torch.tensor([[999]])], "model.layers", lambda block: Changes(), True, recipe())
+        walk(model, [torch.tensor([[1, 999]])], "model.layers", lambda block: Changes(), True, recipe())
     assert list(model.model.layers) == blocks
 
 
@@ -253,3 +253,24 @@ def test_hidden_states_that_are_not_finite_name_the_block():
 
     with pytest.raises(ValueError, match=r"model\.layers\.1: its output is not finite"):
         walk(model, BATCHES, "model.layers", visit, True, recipe())
+
+
+def test_a_tensor_of_a_block_that_is_not_finite_is_named_before_its_visit():
+    model, visited = tiny(layers=3), []
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[3] = float("nan")
+        model.model.layers[2].mlp.up_proj.weight[3] = float("inf")
+
+    def visit(block):
+        visited.append(block.name)
+        return Changes()
+
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.post_attention_layernorm\.weight: not finite"):
+        walk(model, BATCHES, "model.layers", visit, True, recipe())
+    assert visited == ["model.layers.0"]
+
+
+@pytest.mark.parametrize("batches", [[], [torch.full((2, 8), 7)]], ids=["none", "one token"])
+def test_batches_that_calibrate_nothing_are_refused_before_any_block(batches):
+    with pytest.raises(ValueError, match="calibration batches"):
+        walk(tiny(), batches, "model.layers", lambda block: 1 / 0, True, recipe())

@@ -318,3 +318,19 @@ def test_a_block_without_quantized_linears_passes_on_what_it_computes():
     found = train(model, rules)
     assert [row["name"] for row in found.layers] == ["model.layers.0", "model.layers.2"]
     assert not [name for name in found.folded if ".layers.1." in name]
+
+
+@pytest.mark.parametrize("batches", [[], [torch.zeros(4, 16, dtype=torch.int64)]], ids=["none", "padding"])
+def test_batches_that_calibrate_nothing_are_refused(batches):
+    with pytest.raises(ValueError, match="calibration batches"):
+        blockwise(tiny(), recipe(3), batches, observer=MinMax(), estimator=LSQ())
+
+
+def test_a_block_that_gets_nothing_but_zeros_stays_where_it_began():
+    model = tiny(layers=1)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.zero_()
+        model.model.layers[0].post_attention_layernorm.weight.zero_()
+    found, base = train(model, train=["round", "scales"]), rtn(model, recipe(3), [], observer=MinMax())
+    assert all(torch.equal(tensor.codes, found.tensors[name].codes) for name, tensor in base.tensors.items())
+    assert [(row["initial"], row["loss"]) for row in found.layers] == [(0.0, 0.0)]
