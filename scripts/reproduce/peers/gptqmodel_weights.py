@@ -1,0 +1,22 @@
+"""What GPTQModel makes of a checkpoint of its own formats: every linear, decoded by the tool itself."""
+
+import os
+from pathlib import Path
+
+import torch
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")  # on two cores `load` raises without it
+
+from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+
+
+@torch.no_grad()
+def decoded(path: Path, backend: BACKEND) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
+    """Module name to its weight `[out, in]` in the tool's own arithmetic, and the model that it loaded."""
+    model = GPTQModel.load(str(path), backend=backend, device="cpu").model
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseQuantLinear):
+            found[name] = module.dequantize_weight().T.contiguous()
+    return found, model

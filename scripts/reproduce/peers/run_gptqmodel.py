@@ -1,0 +1,24 @@
+"""GPTQModel's GPTQ, with the tool's defaults, on symmetric groups."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from driver import arguments, save, timed
+from gptqmodel_weights import decoded
+from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.quantization.config import GPTQConfig
+
+given = arguments(("gptq",))
+config = GPTQConfig(bits=given.bits, group_size=given.group_size, sym=True, offload_to_disk=False)
+model = GPTQModel.load(given.model, config, dtype=torch.float32, device="cpu")
+rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in given.ids.tolist()]
+_, took = timed(lambda: model.quantize(rows, batch_size=1))
+with tempfile.TemporaryDirectory() as folder:
+    model.save(folder)
+    weights, loaded = decoded(Path(folder), BACKEND.TORCH)
+    dense = {name: value for name, value in loaded.named_parameters()}
+    dense |= {f"{name}.weight": weight for name, weight in weights.items()}
+    (scale_dtype,) = {loaded.get_submodule(name).scales.dtype for name in weights}
+settings = f"GPTQConfig(): act_group_aware={config.act_group_aware}, damp_percent={config.damp_percent}, mse={config.mse}"
+save(given, dense, took, scale_dtype, settings, ("gptqmodel",))
