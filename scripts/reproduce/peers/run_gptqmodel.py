@@ -1,13 +1,14 @@
-"""GPTQModel's GPTQ, with the tool's defaults, on symmetric groups."""
+"""GPTQModel's GPTQ, with the tool's defaults, on symmetric groups; weights are those that it decodes, in fp16."""
 
 import tempfile
 from pathlib import Path
 
 import torch
 from driver import arguments, save, timed
-from gptqmodel_weights import decoded
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.quantization.config import GPTQConfig
+from gptqmodel_weights import decoded
+from safetensors.torch import load_file
 
 given = arguments(("gptq",))
 config = GPTQConfig(bits=given.bits, group_size=given.group_size, sym=True, offload_to_disk=False)
@@ -16,9 +17,13 @@ rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in given.id
 _, took = timed(lambda: model.quantize(rows, batch_size=1))
 with tempfile.TemporaryDirectory() as folder:
     model.save(folder)
-    weights, loaded = decoded(Path(folder), BACKEND.TORCH)
-    dense = {name: value for name, value in loaded.named_parameters()}
-    dense |= {f"{name}.weight": weight for name, weight in weights.items()}
-    (scale_dtype,) = {loaded.get_submodule(name).scales.dtype for name in weights}
-settings = f"GPTQConfig(): act_group_aware={config.act_group_aware}, damp_percent={config.damp_percent}, mse={config.mse}"
+    stored = {name: value for file in Path(folder).glob("*.safetensors") for name, value in load_file(file).items()}
+    weights, _ = decoded(Path(folder), BACKEND.TORCH, torch.float16)
+packed = tuple(f"{name}." for name in weights)
+dense = {name: value for name, value in stored.items() if not name.startswith(packed)}
+dense |= {f"{name}.weight": weight for name, weight in weights.items()}
+(scale_dtype,) = {stored[f"{name}.scales"].dtype for name in weights}
+settings = (
+    f"GPTQConfig(): act_group_aware={config.act_group_aware}, damp_percent={config.damp_percent}, mse={config.mse}"
+)
 save(given, dense, took, scale_dtype, settings, ("gptqmodel",))
