@@ -129,7 +129,7 @@ def test_ours_is_what_the_configs_say(monkeypatch):
     import ptq_peers
     import run_qat
 
-    assert run_qat.METHODS == ptq_peers.TOOLS["qat"]
+    assert ptq_peers.TOOLS["qat"] == run_qat.METHODS
     node = {m: run_qat.composed(run_qat.overrides(m, 3, 16, 8, 16))["method"] for m in run_qat.METHODS}
     assert node["gptq"]["observer"]["points"] == 80
     assert (node["gptq"]["asymmetry"], node["gptq_paper"]["asymmetry"]) == (0.25, 0)

@@ -4,9 +4,9 @@
         [--tools qat llmcompressor ...] [--methods rtn gptq ...] [--bits 4 3 2] [--samples 16] [--steps 200]
 
 Every tool quantizes all linears but the head, in symmetric groups of 64, by a driver of its own in `peers/`, which runs
-in the tool's virtual environment VENVS/<tool> and leaves dense weights; `qat` runs in this one. What a driver made waits
-in `--work` until it is judged. Rows that the JSON holds are not run again; a row that fails is left out, said, and the
-exit status is 1. `seconds` are those of a machine that may have had other work; `cpu_seconds` are not.
+in the tool's virtual environment VENVS/<tool> and leaves dense weights; `qat` runs in this one. What a driver made
+waits in `--work` until it is judged. Rows that the JSON holds are not run again; a row that fails is left out, said,
+and the exit status is 1. `seconds` are those of a machine that may have had other work; `cpu_seconds` are not.
 """
 
 import argparse
@@ -179,7 +179,7 @@ def pairs(rows: list[Row]) -> list[Row]:
             if ours is None:
                 continue
             one: Row = {key: theirs[key] for key in ("recipe", "tool", "method")} | {"ours": method}
-            for key in ("ppl", "kl", "cpu_seconds"):
+            for key in ("ppl", "kl"):
                 one |= {key: theirs[key], f"our_{key}": ours[key]}
             tokens = ours["tokens"] // len(ours["windows"]["nll"])
             for key in ("nll", "kl"):

@@ -3,8 +3,8 @@
 A driver runs in its tool's own virtual environment and imports nothing of this project but this file. It quantizes a
 model on the CPU, in fp32 and with one seed, on the token ids of a file, and writes every parameter of the result in
 fp32 under its Hugging Face name, quantized ones dequantized, so that one judge can read all tools alike. What it took
-is in the file's metadata, under `row`: `seconds` and, of all threads, `cpu_seconds` (calibration and quantization, without
-imports, loading and writing), `peak_mem_mb` (of the whole process), `scale_dtype`, `settings` and `versions`.
+is in the file's metadata, under `row`: `seconds` and, of all threads, `cpu_seconds` (calibration and quantization,
+without imports, loading and writing), `peak_mem_mb` (of the whole process), `scale_dtype`, `settings`, `versions`.
 """
 
 import argparse

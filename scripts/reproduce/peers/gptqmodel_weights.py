@@ -12,9 +12,9 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
 
 @torch.no_grad()
-def decoded(path: Path, backend: BACKEND, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
+def decoded(path: Path, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
     """Module name to its weight `[out, in]` in the tool's own arithmetic of a 16-bit dtype, and the loaded model."""
-    model = GPTQModel.load(str(path), backend=backend, device="cpu", dtype=dtype).model
+    model = GPTQModel.load(str(path), backend=BACKEND.TORCH, device="cpu", dtype=dtype).model
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseQuantLinear):

@@ -1,4 +1,4 @@
-"""auto-round, its defaults but for the number of steps, which the command line says, and mixed precision, which is off."""
+"""auto-round, its defaults but for the number of steps, which the command line says, and without mixed precision."""
 
 import torch
 from auto_round import AutoRound

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from driver import arguments, save, timed
-from gptqmodel import BACKEND, GPTQModel
+from gptqmodel import GPTQModel
 from gptqmodel.quantization.config import GPTQConfig
 from gptqmodel_weights import decoded
 from safetensors.torch import load_file
@@ -18,7 +18,7 @@ _, took = timed(lambda: model.quantize(rows, batch_size=1))
 with tempfile.TemporaryDirectory() as folder:
     model.save(folder)
     stored = {name: value for file in Path(folder).glob("*.safetensors") for name, value in load_file(file).items()}
-    weights, _ = decoded(Path(folder), BACKEND.TORCH, torch.float16)
+    weights, _ = decoded(Path(folder), torch.float16)
 packed = tuple(f"{name}." for name in weights)
 dense = {name: value for name, value in stored.items() if not name.startswith(packed)}
 dense |= {f"{name}.weight": weight for name, weight in weights.items()}
