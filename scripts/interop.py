@@ -77,7 +77,7 @@ def export(file: File, model: Any, tokenizer: Any, work: Path) -> list[Row]:
     recipe = Recipe({"linears": Rule(".*_proj", file.scheme), "head": head})
     changes, path, rows = rtn(model, recipe, [], observer=MinMax()), work / str(file), []
     module = FORMATS[file.format]
-    module.save(path, model, recipe, changes.tensors, {}, tokenizer)
+    module.save(path, model, *module.expressed(recipe, changes.tensors), {}, tokenizer)
     read = module.load(path)
     for name in file.dtypes:
         expected = work / f"{file}.{name}.safetensors"

@@ -1,4 +1,4 @@
-"""What GPTQModel makes of a checkpoint of its own formats: every linear, decoded by the tool itself."""
+"""What GPTQModel makes of a checkpoint of GPTQ's or AWQ's layout: every linear, decoded by the tool itself."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")  # on two cores `load` raise
 
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 
 
 @torch.no_grad()
@@ -17,6 +18,8 @@ def decoded(path: Path, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], to
     model = GPTQModel.load(str(path), backend=BACKEND.TORCH, device="cpu", dtype=dtype).model
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, BaseQuantLinear):
+        if isinstance(module, AwqTorchLinear):  # it inherits GPTQ's decoding and does not use it: its forward says
+            found[name] = module(torch.eye(module.in_features, dtype=dtype)).T.contiguous()
+        elif isinstance(module, BaseQuantLinear):
             found[name] = module.dequantize_weight().T.contiguous()
     return found, model
