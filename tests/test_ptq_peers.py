@@ -178,3 +178,24 @@ def test_a_driver_saves_what_it_took(tmp_path):
     assert row["scale_dtype"] == "float16"
     assert row["peak_mem_mb"] > 10
     assert set(row) == {"seconds", "cpu_seconds", "peak_mem_mb", "scale_dtype", "settings", "versions"}
+
+
+def test_rows_that_are_there_are_not_made_again(tmp_path):
+    import ptq_peers
+    from results import read
+
+    made = []
+
+    def produce(cell):
+        made.append(str(cell))
+        if cell.tool == "gptqmodel":
+            raise RuntimeError("no compiler")
+        return a_row(cell.tool, cell.method, [1.0, 2.0], [0.0, 0.0])
+
+    wanted, file = ptq_peers.cells(["llmcompressor", "gptqmodel", "qat"], ["gptq"], [4]), tmp_path / "x.json"
+    assert ptq_peers.fill(file, read(file), wanted[:2], produce) == wanted[1:2]
+    assert ptq_peers.fill(file, read(file), wanted, produce) == wanted[1:2]
+    names = [str(cell) for cell in wanted]
+    assert made == [*names[:2], *names[1:]], "what failed is tried again, what is there is not"
+    assert [row["tool"] for row in read(file)["rows"]] == ["llmcompressor", "qat"]
+    assert [(one["tool"], one["ours"]) for one in read(file)["pairs"]] == [("llmcompressor", "gptq")]

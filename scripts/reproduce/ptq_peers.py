@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +190,25 @@ def pairs(rows: list[Row]) -> list[Row]:
     return found
 
 
+def fill(file: Path, content: dict[str, Any], wanted: list[Cell], produce: Callable[[Cell], Row]) -> list[Cell]:
+    """Adds the rows that are wanted and not there, one by one to the file; returns those that could not be had."""
+    failed, done = [], {(row["tool"], row["method"], row["recipe"]) for row in content["rows"]}
+    for cell in wanted:
+        if (cell.tool, cell.method, cell.recipe) in done:
+            continue
+        try:
+            row = produce(cell)
+        except (RuntimeError, ValueError) as error:
+            print(error, file=sys.stderr)
+            failed.append(cell)
+            continue
+        content["rows"].append(row)
+        content["pairs"] = pairs(content["rows"])
+        write(file, content)
+        print(f"{cell}: ppl {row['ppl']:.3f}, KL {row['kl']:.4f}", file=sys.stderr)
+    return failed
+
+
 def table(rows: list[Row]) -> str:
     """All rows, as Markdown."""
     lines = []
@@ -253,7 +272,7 @@ def main() -> None:
     save_file({"ids": torch.cat(calibration(tokens, given.samples, given.seq_len, seed=0))}, ids)
     windows, full = tokens.windows("test", given.seq_len, given.windows), Remembered(model)
 
-    content, failed = read(given.json), []
+    content = read(given.json)
     content["meta"] = {
         "device": device_name(torch.device("cpu")),
         "threads": given.threads,
@@ -268,23 +287,15 @@ def main() -> None:
         content["rows"].append({"tool": "-", "method": "fp", "recipe": "-"} | judged(model, windows, full))
         write(given.json, content)
     reference = content["rows"][0]
-    done = {(row["tool"], row["method"], row["recipe"]) for row in content["rows"]}
-    for cell in cells(given.tools, given.methods, given.bits):
-        if (cell.tool, cell.method, cell.recipe) in done:
-            continue
-        try:
-            file = make(cell, given, source, ids)
-            row = row_of(cell, file, full, windows, reference)
-        except (RuntimeError, ValueError) as error:
-            print(error, file=sys.stderr)
-            failed.append(cell)
-            continue
-        content["rows"].append(row)
-        content["pairs"] = pairs(content["rows"])
-        write(given.json, content)
-        print(f"{cell}: ppl {row['ppl']:.3f}, KL {row['kl']:.4f}", file=sys.stderr)
+
+    def produce(cell: Cell) -> Row:
+        file = make(cell, given, source, ids)
+        row = row_of(cell, file, full, windows, reference)
         if not given.keep:
             file.unlink()
+        return row
+
+    failed = fill(given.json, content, cells(given.tools, given.methods, given.bits), produce)
     mark = f"<!-- from: {given.json} -->"
     print(f"{mark}\n{table(content['rows'])}\n\n{mark}\n{pairs_table(pairs(content['rows']))}")
     sys.exit(1 if failed else 0)
