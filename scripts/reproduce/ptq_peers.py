@@ -284,7 +284,7 @@ def main() -> None:
         "calibration": f"{given.samples} x {given.seq_len} of train, seed 0",
     }
     if not content["rows"]:
-        content["rows"].append({"tool": "-", "method": "fp", "recipe": "-"} | judged(model, windows, full))
+        content["rows"].append({"tool": "-", "method": "fp", "recipe": "-"} | judged(full, windows, full))
         write(given.json, content)
     reference = content["rows"][0]
 
