@@ -1,0 +1,67 @@
+"""Ours, with the settings of `configs/method` as they are where a GPU is used, and the recipe `configs/recipe` has.
+
+`gptq_paper` is `gptq` on min-max ranges and without GPTAQ: what the peers' defaults are nearest to. In groups of 64.
+"""
+
+from typing import Any
+
+import torch
+from driver import arguments, save, timed
+from hydra.utils import instantiate
+
+from qat.cli.devices import by_device
+from qat.cli.tree import Tree
+from qat.cli.validate import validate
+from qat.cli.verbs import VERBS
+from qat.models import hf
+from qat.surgery.convert import apply
+
+PAPER = ["method.asymmetry=0", "observer=minmax", "method.observer=${observer}"]
+METHODS = ("rtn", "mse_rtn", "gptq_paper", "gptq", "awq", "autoround")
+
+
+def overrides(method: str, bits: int, steps: int, batch_size: int, samples: int) -> list[str]:
+    """A method as overrides of `qat ptq`.
+
+    Raises:
+        ValueError: AutoRound's steps are no whole passes over the calibration samples.
+    """
+    found = [f"method={method.removesuffix('_paper')}", f"recipe=w{bits}a16_g64"]
+    if method == "gptq_paper":
+        found += PAPER
+    if method == "autoround":
+        if steps * batch_size % samples:
+            raise ValueError(f"--steps {steps} of {batch_size} sequences are no whole passes over {samples} samples")
+        found += [f"method.epochs={steps * batch_size // samples}", f"method.batch_size={batch_size}", "seed=0"]
+    return found
+
+
+def composed(own: list[str]) -> dict[str, Any]:
+    """The config that overrides give.
+
+    Raises:
+        ValueError: One does not fit.
+    """
+    config, problems = validate(VERBS["ptq"], ["format=none", "logger=none", *own], Tree.of([]))
+    if problems:
+        raise ValueError("\n".join(map(str, problems)))
+    return by_device(config, "cuda")
+
+
+def main() -> None:
+    """Quantizes and saves."""
+    given = arguments(METHODS)
+    assert given.group_size == 64
+    samples = len(given.ids)
+    own = overrides(given.method, given.bits, given.steps, min(given.batch_size, samples), samples)
+    config = composed(own)
+    recipe, method = (instantiate(config[key], _convert_="all") for key in ("recipe", "method"))
+    model, _ = hf.load(given.model, given.model)
+    changes, took = timed(lambda: method(model, recipe, list(given.ids.split(1)), dtype=torch.bfloat16))
+    graph = apply(model, changes.tensors, changes.folded, recipe=recipe)
+    (scale_dtype,) = {tensor.scale.dtype for tensor in changes.tensors.values()}
+    save(given, dict(graph.named_parameters()), took, scale_dtype, " ".join(own), ())
+
+
+if __name__ == "__main__":
+    main()
