@@ -125,6 +125,7 @@ def test_what_a_method_did_not_get_to_is_projected(script, monkeypatch):
     assert (row["blocks"], row["projected"], row["seconds"]) == (8, True, 28.0)
 
 
+@pytest.mark.whole
 def test_a_run_writes_its_rows_and_prints_the_table_last(script, monkeypatch, tmp_path, capsys):
     file = tmp_path / "found.json"
     sizes = ["--samples", "2", "--seq-len", "16", "--batch-size", "1", "--device", "cpu", "--layers", "1"]

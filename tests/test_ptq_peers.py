@@ -156,6 +156,7 @@ def test_a_driver_that_fails_is_said_and_what_is_made_is_not_made_again(tmp_path
     assert ptq_peers.make(cell, given, tmp_path, tmp_path).name == f"{cell}.safetensors"
 
 
+@pytest.mark.whole
 def test_a_driver_saves_what_it_took(tmp_path):
     """The shared half of all drivers, as a process of its own: only torch and safetensors are needed."""
     save_file({"ids": IDS}, tmp_path / "ids.safetensors")
