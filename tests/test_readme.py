@@ -231,6 +231,19 @@ def test_every_fence_says_what_it_is():
     assert untagged(TEXT) == []
 
 
+def expanded(body: str) -> list[str]:
+    """Interpolations of Hydra that a shell would take for variables of its own: outside of single quotes."""
+    bare = re.sub(r"'[^'\n]*'", "", re.sub(r"(?m)(^|\s)#.*$", "", body))
+    return re.findall(r"\$\{[a-z][\w.]*\}", bare)
+
+
+@written
+def test_no_shell_expands_an_interpolation():
+    assert [name for fence in fences(TEXT) if fence.language == "bash" for name in expanded(fence.body)] == []
+    assert expanded("qat run 'a=${b}'  # the ${c}") == []
+    assert expanded('qat run "a=${b.c}" d=${e}') == ["${b.c}", "${e}"]
+
+
 @written
 def test_what_is_not_run_composes_and_binds():
     assert invalid(TEXT) == []

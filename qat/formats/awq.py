@@ -30,17 +30,14 @@ from qat.formats.base import (
     Lazy,
     Reader,
     certified_parts,
-    check_tensors,
-    from_half,
-    in_half,
     linear_names,
     packed_modules,
     read_json,
     recipe_of,
-    scale_dtype_of,
     unquantized_state,
     write_directory,
 )
+from qat.formats.weight_only import check_static_weight, check_weights, from_half, in_half, scale_dtype_of
 from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.grid import IntGrid
 from qat.numerics.packing import offset, pack, unpack
@@ -56,17 +53,10 @@ PARTS = ("qweight", "qzeros", "scales")
 
 def check_scheme(name: str, weight: Scheme, input: Scheme | None = None, kind: str = "Linear") -> None:
     """Raises ValueError, naming the module, if the format cannot carry a scheme, or a module of that class."""
-    if kind == "Embedding":
-        raise ValueError(f"{name}: {METHOD} packs linears only; add a later rule that matches it, with weight=null")
-    if input is not None:
-        raise ValueError(
-            f"{name}: {METHOD} carries weights only; its input scheme {input} cannot be exported. Use format=none"
-        )
+    check_static_weight(name, METHOD, weight, input, kind)
     scheme = integers(weight)
     if not isinstance(scheme.grid, IntGrid) or scheme.grid.bits != BITS:
         raise ValueError(f"{name}: {METHOD} carries integers of {BITS} bits; {weight} cannot be exported")
-    if scheme.dynamic:
-        raise ValueError(f"{name}: a dynamic scale is never stored; set dynamic=false on the weight's scheme")
     if not isinstance(scheme.granularity, PerGroup | PerChannel):
         raise ValueError(f"{name}: {METHOD} has scales per group or channel; {weight} cannot be exported")
 
@@ -82,21 +72,12 @@ def save(
 ) -> None:
     """Writes a complete Hugging Face directory, replacing `path` whole or not at all.
 
-    Args:
-        path: Directory to write.
-        model: The full-precision model: its config, and every tensor that neither `tensors` nor `folded` holds.
-        recipe: What the codes were found under, as `expressed` returns it; each tensor's scheme must be its rule's.
-        tensors: Module name to quantized weight, as `expressed` returns it.
-        folded: Parameter name to the unquantized tensor that replaces the model's.
-        tokenizer: Saved beside the weights, chat template included.
-        dtype: Storage dtype of scales and unquantized tensors.
+    Arguments and dtype as those of `compressed_tensors.save`. Recipe and tensors are as `expressed` returns them.
 
     Raises:
         ValueError: The format cannot carry a scheme, a shape or a scale; or a tensor does not fit the storage dtype.
     """
-    check_tensors(model, recipe, tensors, check_scheme)
-    if recipe.kv is not None:
-        raise ValueError(f"recipe.kv: {METHOD} has no word for a KV cache's scheme; use format=compressed_tensors")
+    check_weights(METHOD, model, recipe, tensors, check_scheme, dtype)
     config = quantization_config(tensors, linear_names(model), dtype)
     write_directory(Path(path), model, tokenizer, state(model, recipe, tensors, folded, dtype), config, dtype)
 
@@ -132,8 +113,6 @@ def state(
     """The tensors of the file by name: packed weights, and everything else in the storage dtype."""
     result = unquantized_state(model, tensors, folded, dtype)
     for name, tensor in tensors.items():
-        if tensor.scale.dtype != dtype:
-            raise ValueError(f"{name}: scale in {tensor.scale.dtype}, but the storage dtype is {dtype}")
         result |= {f"{name}.{part}": value for part, value in pack_tensor(name, tensor).items()}
     return result
 

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.affine import scale_dtype
+from qat.numerics.qtensor import QuantizedTensor, as_integers
 from qat.numerics.recipe import Recipe, Rule
-from qat.numerics.scheme import Scheme, is_input_scale
+from qat.numerics.scheme import Scheme, integers, is_input_scale
 
 INDEX = "model.safetensors.index.json"
 CERTIFICATE = "verify.json"
@@ -222,19 +223,6 @@ def check_only_weight(reader: Reader, module: str) -> None:
         raise ValueError(f"{reader.files[name]}: tensor {name} lies beside the packed weight of {module}; delete one")
 
 
-def scale_dtype_of(file: Path, said: Mapping[str, Any], stored: str) -> str:
-    """Name of the dtype that scales stored in fp16 were made in: what `meta.scale_dtype` says, else as they are stored.
-
-    Raises:
-        ValueError: It is none that they can have.
-    """
-    meta = said.get("meta") or {}
-    dtype = meta.get("scale_dtype", stored) if isinstance(meta, dict) else meta
-    if dtype not in ("float16", "bfloat16", "float32"):
-        raise ValueError(f"{file}: scales in {dtype!r}; expected float16, bfloat16 or float32")
-    return str(dtype)
-
-
 def load_plain(path: Path | str) -> Checkpoint:
     """Opens an unquantized Hugging Face checkpoint directory.
 
@@ -260,11 +248,21 @@ def recipe_of(schemes: Mapping[str, tuple[Scheme, Scheme | None]], kv: Scheme | 
     return Recipe(rules, kv)
 
 
+def expressed(recipe: Recipe, tensors: Mapping[str, QuantizedTensor]) -> tuple[Recipe, dict[str, QuantizedTensor]]:
+    """Recipe and tensors as formats of integers say them: codebooks of integers on the grid that holds their levels."""
+    rules = {
+        key: replace(rule, weight=None if rule.weight is None else integers(rule.weight))
+        for key, rule in recipe.rules.items()
+    }
+    return replace(recipe, rules=rules), {name: as_integers(tensor) for name, tensor in tensors.items()}
+
+
 def check_tensors(
     model: PreTrainedModel,
     recipe: Recipe,
     tensors: Mapping[str, QuantizedTensor],
     check_scheme: Callable[[str, Scheme, Scheme | None, str], None],
+    dtype: torch.dtype,
 ) -> None:
     """Raises ValueError, naming the module, if a tensor is not what its rule says, or not what a format carries."""
     for name, tensor in tensors.items():
@@ -272,35 +270,8 @@ def check_tensors(
         if hit is None or hit[1].weight != tensor.scheme:
             raise ValueError(f"{name}: quantized as {tensor.scheme}, but the recipe says {hit and hit[1].weight}")
         check_scheme(name, tensor.scheme, hit[1].input, type(model.get_submodule(name)).__name__)
-
-
-def in_half(name: str, scale: Tensor) -> Tensor:
-    """Scales in fp16, on the CPU: what GPTQ, AWQ and GGUF store. A bf16 scale above 2**-17 loses nothing.
-
-    Raises:
-        ValueError: fp16 does not hold one of them.
-    """
-    half = scale.to(torch.float16)
-    if not bool((off := half.to(scale.dtype) != scale).any()):
-        return half.cpu().contiguous()
-    raise ValueError(
-        f"{name}: the scale {float(scale[off][0])!r} in {str(scale.dtype)[6:]} is none that fp16 holds, in which this "
-        f"format stores it. Use export.dtype=float16, or format=compressed_tensors"
-    )
-
-
-def from_half(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `in_half`.
-
-    Raises:
-        ValueError: A scale is not a positive number, or `dtype` does not hold it.
-    """
-    if not scale.is_floating_point() or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ValueError("a scale is zero, negative or not finite")
-    found = scale.to(dtype)
-    if not torch.equal(found.to(scale.dtype), scale):
-        raise ValueError(f"a scale in {scale.dtype} is none that {dtype} holds, in which the file says it was made")
-    return found
+        if tensor.scale.dtype != scale_dtype(tensor.scheme, dtype):
+            raise ValueError(f"{name}: scale in {tensor.scale.dtype}, but the storage dtype is {dtype}")
 
 
 def unquantized_state(

@@ -28,12 +28,14 @@ from qat.formats.base import (
     Reader,
     certified_parts,
     check_only_weight,
+    check_tensors,
     linear_names,
     read_json,
     recipe_of,
     unquantized_state,
     write_directory,
 )
+from qat.formats.base import expressed as expressed
 from qat.formats.ct_args import (
     MIXED,
     PACKED,
@@ -49,9 +51,9 @@ from qat.formats.ct_args import (
 from qat.formats.ct_parts import PARTS, check_input, pack_tensor, part_names, unpack_tensor
 from qat.numerics.affine import scale_dtype
 from qat.numerics.kv import head_dim
-from qat.numerics.qtensor import QuantizedTensor, as_integers
+from qat.numerics.qtensor import QuantizedTensor
 from qat.numerics.recipe import Recipe
-from qat.numerics.scheme import E4M3, E8M0, INPUT_PARTS, Scheme, input_parts, integers
+from qat.numerics.scheme import E4M3, E8M0, INPUT_PARTS, Scheme, input_parts
 
 METHOD = "compressed-tensors"
 LAYOUT_VERSION = "0.20.0"  # the dense bitstream; releases before 0.18 left gaps at 3, 5, 6 and 7 bits
@@ -108,14 +110,9 @@ def save(
     Raises:
         ValueError: The format cannot carry a scheme, or a tensor does not fit the storage dtype.
     """
-    for name, tensor in tensors.items():
-        hit = recipe.rule_for(name)
-        if hit is None or hit[1].weight != tensor.scheme:
-            raise ValueError(f"{name}: quantized as {tensor.scheme}, but the recipe says {hit and hit[1].weight}")
-        check_scheme(name, tensor.scheme, hit[1].input, type(model.get_submodule(name)).__name__)
-        if tensor.scale.dtype != scale_dtype(tensor.scheme, dtype):
-            raise ValueError(f"{name}: scale in {tensor.scale.dtype}, but the storage dtype is {dtype}")
-        _check_input(name, hit[1].input, folded, dtype)
+    check_tensors(model, recipe, tensors, check_scheme, dtype)
+    for name in tensors:
+        _check_input(name, _input(recipe, name), folded, dtype)
     config = quantization_config(recipe, tensors, linear_names(model))
     config["kv_cache_scheme"] = None if recipe.kv is None else kv_args(recipe.kv, head_dim(model.config.to_dict()))
     write_directory(Path(path), model, tokenizer, state(model, recipe, tensors, folded, dtype), config, dtype)
@@ -129,15 +126,6 @@ def _check_input(name: str, input: Scheme | None, folded: Mapping[str, Tensor], 
     stored = folded[f"{name}.input_scale"].dtype if "input_scale" in found else None
     if stored is not None and input is not None and stored != scale_dtype(input, dtype):
         raise ValueError(f"{name}: input_scale in {stored}, but the storage dtype is {dtype}")
-
-
-def expressed(recipe: Recipe, tensors: Mapping[str, QuantizedTensor]) -> tuple[Recipe, dict[str, QuantizedTensor]]:
-    """Recipe and tensors as the format says them: codebooks of integers on the integer grid that holds their levels."""
-    rules = {
-        key: replace(rule, weight=None if rule.weight is None else integers(rule.weight))
-        for key, rule in recipe.rules.items()
-    }
-    return replace(recipe, rules=rules), {name: as_integers(tensor) for name, tensor in tensors.items()}
 
 
 def state(

@@ -35,15 +35,12 @@ from qat.formats.base import (
     Checkpoint,
     Lazy,
     certified_parts,
-    check_tensors,
-    from_half,
-    in_half,
     read_json,
     recipe_of,
-    scale_dtype_of,
     unquantized_state,
     write_directory,
 )
+from qat.formats.weight_only import check_static_weight, check_weights, from_half, in_half, scale_dtype_of
 from qat.models.gguf import Reader
 from qat.models.gguf_names import ARCHITECTURES, architecture, metadata, our_name, row_order, their_name
 from qat.models.gguf_tokenizer import add_tokenizer
@@ -66,19 +63,12 @@ STORED = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type
 
 def check_scheme(name: str, weight: Scheme, input: Scheme | None = None, kind: str = "Linear") -> None:
     """Raises ValueError, naming the module, if the format cannot carry a scheme, or a module of that class."""
-    if kind == "Embedding":
-        raise ValueError(f"{name}: only linears are packed; add a later rule that matches it, with weight=null")
-    if input is not None:
-        raise ValueError(
-            f"{name}: {METHOD} carries weights only; its input scheme {input} cannot be exported. Use format=none"
-        )
+    check_static_weight(name, METHOD, weight, input, kind)
     scheme = integers(weight)
     if not isinstance(scheme.grid, IntGrid) or (scheme.grid.bits, scheme.symmetric) not in TYPES:
         raise ValueError(
             f"{name}: {METHOD} carries integers of 4 bits, and symmetric ones of 8; {weight} cannot be exported"
         )
-    if scheme.dynamic:
-        raise ValueError(f"{name}: a dynamic scale is never stored; set dynamic=false on the weight's scheme")
     if isinstance(scheme.granularity, PerGroup) and scheme.granularity.group_size % BLOCK:
         raise ValueError(f"{name}: {METHOD} has a scale for every {BLOCK} in-features; {weight} has smaller groups")
 
@@ -101,21 +91,12 @@ def save(
 ) -> None:
     """Writes `model.gguf` in a directory with Hugging Face's config and tokenizer; replaces `path` whole or not at all.
 
-    Args:
-        path: Directory to write.
-        model: The full-precision model: its config, and every tensor that neither `tensors` nor `folded` holds.
-        recipe: What the codes were found under, as `expressed` returns it; each tensor's scheme must be its rule's.
-        tensors: Module name to quantized weight, as `expressed` returns it.
-        folded: Parameter name to the unquantized tensor that replaces the model's.
-        tokenizer: Saved beside the weights, chat template included.
-        dtype: Storage dtype of scales and unquantized tensors.
+    Arguments and dtype as those of `compressed_tensors.save`. Recipe and tensors are as `expressed` returns them.
 
     Raises:
         ValueError: The format cannot carry a scheme, a shape or a scale; or a tensor does not fit the storage dtype.
     """
-    check_tensors(model, recipe, tensors, check_scheme)
-    if recipe.kv is not None:
-        raise ValueError(f"recipe.kv: {METHOD} has no word for a KV cache's scheme; use format=compressed_tensors")
+    check_weights(METHOD, model, recipe, tensors, check_scheme, dtype)
     config = _described(model)
     fields = metadata(config)
     types = {their_name(f"{name}.weight"): type_of(tensor.scheme) for name, tensor in tensors.items()}
@@ -165,8 +146,6 @@ def state(
         stored = value.float() if value.dim() == 1 else value
         result[their_name(name)] = stored if order is None else stored[order].contiguous()
     for name, tensor in tensors.items():
-        if tensor.scale.dtype != dtype:
-            raise ValueError(f"{name}: scale in {tensor.scale.dtype}, but the storage dtype is {dtype}")
         order = row_order(name, config)
         blocks = pack_tensor(name, tensor)
         result[their_name(f"{name}.weight")] = blocks if order is None else blocks[order].contiguous()

@@ -11,8 +11,6 @@ from qat.formats.base import (
     Lazy,
     digest,
     file_bytes,
-    from_half,
-    in_half,
     load_plain,
     read_json,
     tensor_files,
@@ -185,18 +183,6 @@ def test_the_file_of_a_tensor_is_found_by_its_modules_or_parameters_name(tmp_pat
     checkpoint = Checkpoint(tmp_path, {}, Recipe(), {}, {}, files)
     assert [checkpoint.file(name).name for name in ("a", "a.b", "ab", "ab.weight")] == ["1", "2", "3", "3"]
     assert checkpoint.file("c") == tmp_path
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_scales_in_half_come_back_or_are_refused(dtype):
-    scale = torch.tensor([[1.0, 2.0**-14], [0.125, 3.0]], dtype=dtype)
-    assert torch.equal(from_half(in_half("m", scale), dtype), scale)
-    assert from_half(in_half("m", scale), dtype).dtype == dtype
-    for bad in (0.0, -1.0, torch.inf, torch.nan):
-        with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
-            from_half(torch.tensor([1.0, bad], dtype=torch.float16), dtype)
-    with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
-        from_half(torch.ones(2, dtype=torch.int16), dtype)
 
 
 def spoiled(value):

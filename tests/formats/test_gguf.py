@@ -160,7 +160,7 @@ def test_bytes_are_what_arithmetic_says(tmp_path):
         (scheme(4, 16), None, "Linear", "a scale for every 32 in-features; int4_g16 has smaller groups"),
         (scheme(3), None, "Linear", "integers of 4 bits, and symmetric ones of 8; int3_g32"),
         (scheme(8, symmetric=False), None, "Linear", "symmetric ones of 8; int8_g32_asym"),
-        (scheme(), None, "Embedding", "only linears are packed"),
+        (scheme(), None, "Embedding", "packs linears only"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused_by_module(weight, input, kind, message):

@@ -1,5 +1,5 @@
 # Sourced by ptq.sh and interop.sh: a virtual environment for each peer, of the versions that the results were made with.
-# GPTQModel is a source distribution; 7.6.0 is the last that a build against torch 2.13 took.
+# GPTQModel is a source distribution, which is built against the torch that is there.
 
 environment() {
     local peer=$1 venvs=$2 python=$3 torch=${TORCH:-torch==2.13.0} packages
