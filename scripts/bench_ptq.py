@@ -6,7 +6,7 @@
 The model, bf16, stays on the CPU; blocks go to the GPU one at a time. W4 g128, symmetric, on all linears of the blocks.
 `gptq` and `awq` are those of `configs/method`, `gptq_paper` is on min-max ranges and does without GPTAQ. A method that
 has not ended after `--limit` seconds, or is given `--layers` of the shape's blocks, has its `seconds` projected: those
-of the blocks that it did, and the median block for each that is left.
+of the blocks that it did, and the median block for each that is left. Other rows of the file stay.
 
 Where time should go on an H100, counted, for each block of the 8B (262144 tokens: a forward has 1.1e14 flops, Hessians
 1.3e14, of them `down_proj`'s 1.1e14). `gptq_paper`: two forwards (four stages, each as far as its linear, and what
@@ -153,7 +153,9 @@ def main() -> None:
     meta["computed_gib"] = {
         shape: {method: round(peak(SHAPES[shape], method, tokens, batch), 1) for method in METHODS} for shape in SHAPES
     }
-    rows: list[dict[str, Any]] = []
+    asked = [(shape, method) for shape in args.shape for method in args.methods]
+    old = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if args.json.exists() else []
+    rows: list[dict[str, Any]] = [row for row in old if (row["shape"], row["method"]) not in asked]
     torch.manual_seed(0)
     warm = build(SHAPES["tiny"], 1, args.device)  # kernels are compiled, libraries begun
     for method in args.methods:
@@ -165,7 +167,8 @@ def main() -> None:
         for method in args.methods:
             row = measure(METHODS[method], model, batches, args.limit, found.layers, args.device)
             computed = peak(found, method, tokens, batch)
-            rows.append({"shape": shape, "method": method, **row, "computed_gib": computed})
+            made = {"computed_gib": computed, "device": name, "commit": meta["commit"]}
+            rows.append({"shape": shape, "method": method, **row, **made})
             print(json.dumps(rows[-1]), flush=True)
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n", encoding="utf-8")
