@@ -30,7 +30,7 @@ RECIPES: dict[str, list[str]] = {  # the first three tuned on the validation spl
     "w3a16_g64": ["optim.lr=5e-4"],
     "w2a16_g64": ["optim.lr=2e-3"],
     "w4a16_channel": ["optim.lr=2e-4"],
-    "w8a8": ["optim.lr=1e-4"],
+    "w8a8": ["optim.lr=2e-5", "init=awq"],
     "w4a8": ["optim.lr=2e-4"],
     "nvfp4a16": ["optim.lr=2e-4"],
     "nvfp4": ["optim.lr=2e-4"],
