@@ -5,7 +5,8 @@ block lies on the GPU twice, as it was and as it becomes, and beside it the hidd
 (of GPTAQ twice). On top of that
 - GPTQ has the Hessian of each linear, `4 I^2`, and to factorize it another in the order of the columns and three in
   fp64: `32 I^2`, of which the widest linear, the MLP's last one, decides; GPTAQ has the cross matrix, too;
-- AWQ keeps what goes into attention and MLP, into their last linears, and what comes out: `2 T (5 H + M)`.
+- AWQ keeps what goes into attention, or into the MLP, into its last linear, and what comes out: `2 T (2 H + M)`; and
+  Gram matrices of inputs, `4 I^2` for each linear that is clipped.
 """
 
 from dataclasses import dataclass
@@ -80,8 +81,8 @@ def _gptq(rows: int, columns: int, batch: int, forward: int, both: bool) -> int:
 
 
 def _awq(shape: Shape, tokens: int, batch: int, forward: int) -> int:
-    weights, attention = 4 * shape.block, 2 * tokens * 3 * shape.hidden
-    mlp = 2 * tokens * (2 * shape.hidden + shape.intermediate)
-    hear = attention + 2 * 4 * batch * shape.intermediate  # activations in fp32 and their magnitude
-    search = forward + 2 * 4 * batch * shape.hidden + 6 * 4 * shape.hidden * shape.intermediate  # attention is done
-    return weights + mlp + max(hear, search)
+    weights, grams = 4 * shape.block, 4 * (2 * shape.hidden**2 + shape.intermediate**2)
+    mlp = 2 * tokens * (2 * shape.hidden + shape.intermediate)  # attention keeps 3 H, and is done
+    hear = forward + 2 * 4 * batch * shape.intermediate  # activations in fp32 and their magnitude
+    search = forward + 2 * 4 * batch * shape.hidden + 6 * 4 * shape.hidden * shape.intermediate
+    return weights + grams + mlp + max(hear, search)

@@ -88,19 +88,23 @@ def awq(
     def visit(block: Block) -> Changes:
         schemes, changes = targets(block, plan), Changes()
         weights = {name: block.module.get_parameter(f"{name}.weight").to(torch.float32, copy=True) for name in schemes}
-        inspected, clipped = [s.inspect for s in structure.smoothings], [*filter(clips, schemes)] if clip else []
-        heard = Heard.of(block, list(schemes), inspected, clipped)
-        for smoothing in structure.smoothings:
-            if foldable(block, smoothing, weights):
-                row, scales = search.smooth(block, smoothing, schemes, weights, heard)
-                changes.layers.append(row)
-                if scales is not None:
-                    changes.folded |= fold(block, smoothing, weights, scales, dtype, structure.offset)
-                    heard.scale(smoothing.linears, scales)
-        for name, scheme in schemes.items():
-            full = f"{block.name}.{name}"
-            g = divisor((weights[n.removeprefix(f"{block.name}.")] for n in together[full]), scheme)
-            changes.tensors[full] = _round(weights[name], scheme, observer, dtype, g, heard.grams.get(name))
+        for part in dict.fromkeys(map(_part, schemes)):
+            linears = [name for name in schemes if _part(name) == part]
+            smoothings = [smoothing for smoothing in structure.smoothings if _part(smoothing.inspect) == part]
+            inspected, clipped = [s.inspect for s in smoothings], [*filter(clips, linears)] if clip else []
+            heard = Heard.of(block, linears, inspected, clipped)
+            for smoothing in smoothings:
+                if foldable(block, smoothing, weights):
+                    row, scales = search.smooth(block, smoothing, schemes, weights, heard)
+                    changes.layers.append(row)
+                    if scales is not None:
+                        changes.folded |= fold(block, smoothing, weights, scales, dtype, structure.offset)
+                        heard.scale(smoothing.linears, scales)
+            for name in linears:
+                full, scheme = f"{block.name}.{name}", schemes[name]
+                g = divisor((weights[n.removeprefix(f"{block.name}.")] for n in together[full]), scheme)
+                changes.tensors[full] = _round(weights[name], scheme, observer, dtype, g, heard.grams.get(name))
+            del heard  # before the next part's: what is kept of one is the most that this method keeps
         return changes
 
     changes = walk(model, batches, structure.blocks, visit, False, recipe, store, progress, device=device)
@@ -110,7 +114,7 @@ def awq(
 
 @dataclass
 class Heard:
-    """What one pass through a full-precision block says.
+    """What one pass through a full-precision block says of a part of it.
 
     Attributes:
         x_mean: Linear to the mean |x| of its in-features, fp32 `[I]`.
@@ -124,10 +128,10 @@ class Heard:
 
     @staticmethod
     def of(block: Block, linears: list[str], inspected: list[str], grams: list[str]) -> "Heard":
-        """Runs the block on all of its inputs.
+        """Runs the block, as it was, on all of its inputs.
 
         Args:
-            block: The block, in full precision.
+            block: The block.
             linears: Linears whose inputs are heard.
             inspected: Modules whose calls are kept.
             grams: Linears whose Gram matrices are asked for.
@@ -152,10 +156,10 @@ class Heard:
             return hook
 
         for name in {*linears, *inspected}:
-            handles.append(block.module.get_submodule(name).register_forward_hook(hear(name), with_kwargs=True))
+            handles.append(block.original.get_submodule(name).register_forward_hook(hear(name), with_kwargs=True))
         try:
-            for _ in block.run():
-                pass
+            for index in range(len(block.inputs)):
+                block.output(index, block.original)
         finally:
             for handle in handles:
                 handle.remove()
@@ -272,6 +276,11 @@ def _empty(block: Block, linears: list[str], axes: int) -> dict[str, Tensor]:
     """Zeros for each linear, in-features long on each axis."""
     weights = {name: block.module.get_parameter(f"{name}.weight") for name in linears}
     return {name: w.new_zeros([w.shape[1]] * axes, dtype=torch.float32) for name, w in weights.items()}
+
+
+def _part(name: str) -> str:
+    """Of a block: attention or the MLP, as a rule. Scales are folded within one, or into a norm."""
+    return name.partition(".")[0]
 
 
 def _first(output: Any) -> Tensor:
