@@ -1,5 +1,6 @@
-"""The quality table judges what validation chose, seed by seed, against the best PTQ method."""
+"""The quality table judges what validation chose, seed by seed, against the best PTQ method; the README shows it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_recovered_is_of_each_seed_against_the_best_ptq_and_qat_ce_against_the_f
     assert (judged["ce_best_nll"], judged["ce_recovered_nll"]) == ("ft_gptq", pytest.approx(0.3 / 0.4))
 
 
+def test_without_autoround_where_that_is_best(table):
+    found = rows()
+    for seed in (1, 2):
+        found["w4a16_g64", "autoround", seed]["nll"] = 2.2
+        found["w4a16_g64", "autoround", seed]["windows"] = {"nll": [22.0, 22.0]}
+    (judged,) = table.aims(found, table.summary(found))
+    assert judged["best_nll"] == "autoround"
+    assert judged["recovered_nll"] == pytest.approx((0.15 / 0.2 + 0.25 / 0.2) / 2)
+    assert judged["recovered_nll_without_autoround"] == pytest.approx((0.45 / 0.5 + 0.55 / 0.5) / 2)
+
+
 def test_validation_chooses_not_test(table):
     found = rows()
     for seed in (1, 2):
@@ -67,3 +79,15 @@ def test_what_is_printed_is_in_the_summary(table, tmp_path, capsys):
     assert f"{means['kl']:.4f} ± {means['kl_spread']:.4f}" in printed
     table.main(str(file))
     assert capsys.readouterr().out == printed
+
+
+def test_the_readme_says_what_the_file_says_and_the_file_what_its_rows_say(table):
+    """To the letter: the verdict, KL and perplexity."""
+    content = json.loads((ROOT / "scripts/results/quality.json").read_text(encoding="utf-8"))
+    found = {(row["recipe"], row["arm"], row["seed"]): row for row in content["rows"]}
+    assert len(found) == len(content["rows"])
+    means = table.summary(found)
+    assert (content["summary"], content["aims"]) == (means, table.aims(found, means))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for shown in (table.verdict(content["aims"]), table.matrix(means, "kl", 4), table.matrix(means, "ppl", 3)):
+        assert f"<!-- from: scripts/results/quality.json -->\n{shown}\n\n" in readme

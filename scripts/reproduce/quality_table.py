@@ -67,6 +67,9 @@ def aims(rows: Rows, means: list[Row]) -> list[Row]:
         one |= {"aim_nll": nll, "aim_kl": kl, "best_nll": _winners(each, "nll"), "best_kl": _winners(each, "kl")}
         for key in ("kl", "recovered_nll", "recovered_kl", *(f"recovered_kl_{text}" for text in TEXTS)):
             one |= spread(key, [row[key] for row in each])
+        others = _each(rows, recipe, chosen, "fp", tuple(arm for arm in candidates(recipe) if arm != "autoround"))
+        for key in ("recovered_nll", "recovered_kl"):
+            one |= spread(f"{key}_without_autoround", [row[key] for row in others])
         entropy = _each(rows, recipe, "qat_ce", "ft_fp", (*candidates(recipe), "ft_gptq"))
         one |= spread("ce_recovered_nll", [row["recovered_nll"] for row in entropy])
         found.append(one | {"ce_best_nll": _winners(entropy, "nll")})
@@ -125,11 +128,14 @@ def verdict(judged: list[Row]) -> str:
     lines = []
     for row in judged:
         nll, kl = ("—" if row[key] is None else f"{row[key]:g}" for key in ("aim_nll", "aim_kl"))
-        lines.append([f"`{row['recipe']}`", f"`{row['chosen']}`", number(row, "recovered_nll", 3), nll, row["best_nll"],
-                      number(row, "kl", 4), kl, number(row, "recovered_kl", 3), row["best_kl"],
+        lines.append([f"`{row['recipe']}`", f"`{row['chosen']}`",
+                      number(row, "recovered_nll", 3), row["best_nll"],
+                      number(row, "recovered_nll_without_autoround", 3), nll, number(row, "kl", 4), kl,
+                      number(row, "recovered_kl", 3), row["best_kl"],
                       *(number(row, f"recovered_kl_{text}", 3) for text in TEXTS),
                       number(row, "ce_recovered_nll", 3), row["ce_best_nll"] or "—"])  # fmt: skip
-    header = ["recipe", "arm", "recovered nll", "aim", "against", "KL", "aim", "recovered KL", "against"]
+    header = ["recipe", "arm", "recovered nll", "against", "without AutoRound", "aim", "KL", "aim", "recovered KL",
+              "against"]  # fmt: skip
     header += [f"recovered KL, {text}" for text in TEXTS]
     return markdown([*header, "`qat_ce`: recovered nll", "against"], lines)
 
