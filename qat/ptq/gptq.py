@@ -61,7 +61,9 @@ def gptq(
         batches: Calibration token ids, `[B, T]` each, without padding.
         observer: Finds the range of every group.
         act_order: `static`: columns go in descending order of activation energy; `group`: groups do, and columns in
-            each, as GPTQModel has it; `none`: from left to right.
+            each, as GPTQModel has it; `none`: from left to right; `dynamic`: as `static`, and groups are formed in that
+            order (desc_act of AutoGPTQ), so that each tensor has a `g_idx`, which GPTQ's layout and compressed-tensors'
+            pack-quantized carry.
         groups: On which weights the range of a group is found: `static`, the original ones; `current`, those at hand
             when its first column is rounded, as the paper says; `stale`, those at hand when the block of its first
             column begins, as the paper's code and GPTQModel have it (codes then depend on `block_size`).
@@ -184,6 +186,7 @@ def _split(tensor: QuantizedTensor, sizes: list[int]) -> list[QuantizedTensor]:
             tensor.scheme,
             (*codes.shape,),
             None if tensor.global_scale is None else tensor.global_scale.clone(),
+            None if tensor.g_idx is None else tensor.g_idx.clone(),
         )
         for codes, scale, zero in parts
     ]
