@@ -16,7 +16,7 @@ from qat.evaluation.precision import compared_in, computing
 from qat.evaluation.reference import Sequence, difference
 from qat.formats import awq, gguf, gptq
 from qat.formats.base import Checkpoint
-from qat.formats.ct_args import PACKED, sub_format
+from qat.formats.ct_args import PACKED, REORDERED, REORDERED_TOO, sub_format
 from qat.formats.ct_parts import pack_tensor
 from qat.models.gguf_names import row_order, their_name
 from qat.models.hf import load_gguf, load_quantized
@@ -42,10 +42,13 @@ def decoders(checkpoint: Checkpoint, sequences: list[Sequence]) -> tuple[dict[st
         return {"autoawq_converter": converter(checkpoint)}, []
     if method == gguf.METHOD:
         return {"gguf": package(checkpoint), "transformers_gguf": transformers_gguf(checkpoint, sequences)}, []
+    groups = checkpoint.config["quantization_config"]["config_groups"].values()
+    if any(group["weights"].get("actorder") in (REORDERED, *REORDERED_TOO) for group in groups):
+        text = (
+            "foreign decode: compressed-tensors reads no actorder=group since 0.19, nor does transformers with it (0.18"
+        )
+        return {"compressed_tensors_in_order": library(checkpoint)}, [f"{text}, and vLLM by its source, do)"]
     rows, unchecked = {"compressed_tensors": library(checkpoint)}, []
-    if any(tensor.g_idx is not None for tensor in checkpoint.tensors.values()):
-        text = "compressed-tensors reads no actorder=group since 0.19, so its decoding is of in-features put in order"
-        return rows, [f"{text} by us, and transformers does not load the file (vLLM does)"]
     if loads(checkpoint.recipe):
         rows["transformers_default"] = transformers(checkpoint, None, [])
     else:
@@ -59,7 +62,8 @@ def library(checkpoint: Checkpoint) -> Row:
     """Decodes every quantized weight with the compressed-tensors library, and compares it with our own decoding.
 
     Both in the dtype that the library decodes to. The file's own config groups say how, so this checks them as well.
-    Groups that are not of consecutive in-features are put in order first: the library knows no g_idx any more.
+    Groups that are not of consecutive in-features are put in order first: the library knows no g_idx any more, so of
+    such a file it checks codes, scales and zero points, and not where they belong.
     """
     quantization = checkpoint.config["quantization_config"]
     groups = [g | {"weights": g["weights"] | {"actorder": None}} for g in quantization["config_groups"].values()]

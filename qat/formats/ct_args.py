@@ -34,7 +34,8 @@ SUB_FORMATS = (PACKED, INT, FLOAT, NAIVE, NVFP4, MXFP4, MXFP8)
 MIXED = "mixed-precision"
 CONVENTIONS = "scale_conventions"  # {group: {"weights" or "input_activations": convention}}, those that are not ct
 STRATEGIES = {PerTensor: "tensor", PerChannel: "channel", PerGroup: "group", PerToken: "token"}
-REORDERED = "group"  # the `actorder` of modules that hold a g_idx
+REORDERED = "group"  # the `actorder` of modules that hold a g_idx, and its other names
+REORDERED_TOO = (True, "dynamic")
 BYTES = "torch.uint8"  # how the format calls the dtype of powers of two
 
 Schemes = tuple[Scheme, Scheme | None]  # of a module's weight and of its input
@@ -177,7 +178,7 @@ def has_g_idx(where: str, group: Mapping[str, Any], name: str) -> bool:
     word = (group.get("weights") or {}).get("actorder")
     if word in (None, False, "weight", "static"):
         return False
-    if word not in (True, REORDERED, "dynamic") or name != PACKED:
+    if word not in (REORDERED, *REORDERED_TOO) or name != PACKED:
         raise ValueError(f"{where}: actorder {word!r} in {name!r}; this reader serves {REORDERED!r} in {PACKED!r}")
     return True
 
