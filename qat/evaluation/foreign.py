@@ -44,10 +44,8 @@ def decoders(checkpoint: Checkpoint, sequences: list[Sequence]) -> tuple[dict[st
         return {"gguf": package(checkpoint), "transformers_gguf": transformers_gguf(checkpoint, sequences)}, []
     groups = checkpoint.config["quantization_config"]["config_groups"].values()
     if any(group["weights"].get("actorder") in (REORDERED, *REORDERED_TOO) for group in groups):
-        text = (
-            "foreign decode: compressed-tensors reads no actorder=group since 0.19, nor does transformers with it (0.18"
-        )
-        return {"compressed_tensors_in_order": library(checkpoint)}, [f"{text}, and vLLM by its source, do)"]
+        text = "compressed-tensors reads no actorder=group since 0.19, nor does transformers with it (0.18 and vLLM do)"
+        return {"compressed_tensors_in_order": library(checkpoint)}, [f"foreign decode: {text}"]
     rows, unchecked = {"compressed_tensors": library(checkpoint)}, []
     if loads(checkpoint.recipe):
         rows["transformers_default"] = transformers(checkpoint, None, [])

@@ -2,8 +2,8 @@
 
 Deviations from the paper, all of them common since: by default scales of all groups come from the original weight
 before any column is rounded (`groups=static`), so that columns can be taken in the order of activation energy and the
-file needs no `g_idx` (`act_order=dynamic` has one); factors are computed in fp64; an in-feature that calibration never excites keeps its weight (the
-paper's code zeroes it) and is rounded to nearest.
+file needs no `g_idx` (`act_order=dynamic` has one); factors are computed in fp64; an in-feature that calibration never
+excites keeps its weight (the paper's code zeroes it) and is rounded to nearest.
 """
 
 import time
