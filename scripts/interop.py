@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from qat.models import hf  # noqa: E402
 from qat.nn.observers.minmax import MinMax  # noqa: E402
 from qat.numerics.granularity import PerGroup  # noqa: E402
 from qat.numerics.grid import IntGrid  # noqa: E402
+from qat.numerics.qtensor import QuantizedTensor, consecutive  # noqa: E402
 from qat.numerics.recipe import Recipe, Rule  # noqa: E402
 from qat.numerics.scheme import Scheme  # noqa: E402
 from qat.ptq.rtn import rtn  # noqa: E402
@@ -45,15 +46,18 @@ class File:
         peer: The environment.
         scheme: Of every linear but the head.
         dtypes: Names of dtypes.
+        g_idx: Whether groups are of in-features here and there; the weight is then another than was rounded.
     """
 
     format: str
     peer: str
     scheme: Scheme
     dtypes: tuple[str, ...]
+    g_idx: bool = False
 
     def __str__(self) -> str:
-        return f"{self.format}_w{self.scheme.grid.bits}_{'sym' if self.scheme.symmetric else 'asym'}"
+        sym = "sym" if self.scheme.symmetric else "asym"
+        return f"{self.format}_w{self.scheme.grid.bits}_{sym}{'_g_idx' if self.g_idx else ''}"
 
 
 def _scheme(bits: int, symmetric: bool) -> Scheme:
@@ -66,6 +70,7 @@ FILES = (
         for s in (True, False)
         for bits in (4, 3, 2, 8)
     ),
+    *(File("gptq", "gptqmodel", _scheme(4, s), ("float16", "bfloat16"), g_idx=True) for s in (True, False)),
     *(File("awq", "gptqmodel", _scheme(4, s), ("float16", "bfloat16")) for s in (True, False)),
     *(File("compressed_tensors", "llmcompressor", _scheme(bits, True), ("bfloat16",)) for bits in (4, 3, 2, 8)),
 )
@@ -75,15 +80,24 @@ def export(file: File, model: Any, tokenizer: Any, work: Path) -> list[Row]:
     """Writes an export and, beside it, what we decode from it; a row for each dtype, still without a verdict."""
     head = Rule("lm_head", None)
     recipe = Recipe({"linears": Rule(".*_proj", file.scheme), "head": head})
-    changes, path, rows = rtn(model, recipe, [], observer=MinMax()), work / str(file), []
+    tensors, path, rows = rtn(model, recipe, [], observer=MinMax()).tensors, work / str(file), []
+    if file.g_idx:
+        tensors = {name: scattered(tensor) for name, tensor in tensors.items()}
     module = FORMATS[file.format]
-    module.save(path, model, *module.expressed(recipe, changes.tensors), {}, tokenizer)
+    module.save(path, model, *module.expressed(recipe, tensors), {}, tokenizer)
     read = module.load(path)
     for name in file.dtypes:
         expected = work / f"{file}.{name}.safetensors"
         save_file({key: tensor.dequantize(getattr(torch, name)) for key, tensor in read.tensors.items()}, expected)
         rows.append({"file": str(file), "peer": file.peer, "dtype": name, "path": str(path), "expected": str(expected)})
     return rows
+
+
+def scattered(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same codes and scales under a g_idx, drawn once for each number of in-features."""
+    columns = tensor.shape[1]
+    places = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
+    return replace(tensor, g_idx=consecutive(columns, tensor.scale.shape[1])[places])
 
 
 def opened(rows: list[Row], peer: str, venvs: Path, work: Path) -> list[Row]:

@@ -1,5 +1,6 @@
 """Tiny random models, a byte tokenizer and prepared tokens: everything offline, in milliseconds."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from qat.data.text import Tokens, load, save, tokenizer_digest
 from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.grid import IntGrid
 from qat.numerics.kv import KINDS
+from qat.numerics.qtensor import QuantizedTensor, consecutive
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 
@@ -57,6 +59,13 @@ def embedded(weight: Scheme | None = None, bits: int = 4) -> Recipe:
     return Recipe(
         recipe(bits).rules | {"embeddings": Rule(".*embed_tokens", weight or Scheme(IntGrid(8), PerChannel()))}
     )
+
+
+def scattered(tensor: QuantizedTensor, seed: int = 0) -> QuantizedTensor:
+    """The same codes and scales, but groups are of in-features here and there: another weight, with a g_idx."""
+    columns = tensor.shape[1]
+    places = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+    return replace(tensor, g_idx=consecutive(columns, tensor.scale.shape[1])[places])
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from tiny import byte_tokenizer, recipe, tiny
+from tiny import byte_tokenizer, recipe, scattered, tiny
 from transformers import PreTrainedModel
 
 from qat.engine.loader import FORMATS
@@ -41,9 +41,12 @@ def export(
     rules: Recipe | None = None,
     layers: int = 2,
     format: str = "compressed_tensors",
+    scatter: bool = False,
 ) -> None:
     model, rules = tiny(layers), rules or recipe(bits, symmetric=symmetric, kv=kv)
     changes = quantized(rules, model)
+    if scatter:
+        changes.tensors = {name: scattered(tensor) for name, tensor in changes.tensors.items()}
     own, tensors = FORMATS[format].expressed(rules, changes.tensors)
     FORMATS[format].save(path, model, own, tensors, changes.folded, byte_tokenizer())
     if certified:

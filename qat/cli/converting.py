@@ -93,9 +93,10 @@ def linears(model: nn.Module, recipe: Recipe, tensors: Mapping[str, QuantizedTen
     found = []
     for module, one in model.named_modules():
         if isinstance(one, nn.Linear):
-            weight = tensors[module].scheme if module in tensors else None
-            hit = recipe.rule_for(module) if weight is not None else None
-            found.append(Layer(module, (one.out_features, one.in_features), weight, hit and hit[1].input))
+            tensor, shape = tensors.get(module), (one.out_features, one.in_features)
+            hit = recipe.rule_for(module) if tensor is not None else None
+            weight, g_idx = (None, None) if tensor is None else (tensor.scheme, tensor.g_idx)
+            found.append(Layer(module, shape, weight, hit and hit[1].input, g_idx is not None))
     return found
 
 

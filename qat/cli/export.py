@@ -12,6 +12,7 @@ import yaml
 from qat.cli.arms import quantize, static_inputs, train
 from qat.cli.converting import convert
 from qat.cli.exporting import export, outcome, references, write_card
+from qat.cli.rules import reordered
 from qat.cli.rundir import RunDir, find, is_finished
 from qat.cli.workbench import open_workbench, pick_device, quiet
 from qat.report.tables import export_lines
@@ -45,6 +46,9 @@ def _exported(config: dict[str, Any]) -> int:
         raise ValueError(f"arm=qat: {path} has no training checkpoint; its arms are {', '.join(methods) or 'none'}")
     if config["format"]["name"] == "none":
         raise ValueError("format=none: there is nothing to write; name a format")
+    settings["method"] = methods.get(arm)
+    for problem in reordered({"method": settings["method"], "format": settings["format"]}, None):
+        raise ValueError(f"arm={arm}: {problem.text}")
     bench = open_workbench(settings, RunDir.existing(path))
     captured: Any
     if arm == "qat":

@@ -62,7 +62,7 @@ def export(
     recipe, tensors = FORMATS[name].expressed(bench.recipe, tensors)
     FORMATS[name].save(path, bench.model, recipe, tensors, folded, bench.tokenizer, bench.dtype)
     check_tokenizer(path, bench.tokenizer)
-    write_beside(path, bench.recipe, name, linears(bench.plan), started(bench))
+    write_beside(path, bench.recipe, name, linears(bench.plan, bench.config), started(bench))
     device = "cuda" if bench.device.type == "cuda" else "cpu"
     facts = {
         "arm": arm,
@@ -97,7 +97,8 @@ def write_card(
     if outcome["path"] is None:
         return
     config = bench.config
-    refused = served(config["format"]["name"], linears(bench.plan), config["export"]["dtype"], bench.recipe.kv)
+    layers = linears(bench.plan, config)
+    refused = served(config["format"]["name"], layers, config["export"]["dtype"], bench.recipe.kv)
     text = card(config, bench.run.facts, summary, arm, bench.recipe, outcome, refused, argv or ())
     (Path(outcome["path"]) / CARD).write_text(text, encoding="utf-8")
 

@@ -1,19 +1,19 @@
 """Rules that join several keys: functions of a composed config, choices by device made, and of the recipe it builds."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qat.cli.fields import at, is_number
 from qat.cli.format_rules import carries
 from qat.cli.problem import Problem
-from qat.formats.ct_args import refused
+from qat.formats.ct_args import PACKED, refused, sub_format
 from qat.numerics.allocate import at_width
-from qat.numerics.granularity import PerToken
+from qat.numerics.granularity import PerGroup, PerToken
 from qat.numerics.grid import Codebook
 from qat.numerics.kv import kind_of
 from qat.numerics.recipe import Recipe, Rule
-from qat.numerics.scheme import E8M0
+from qat.numerics.scheme import E8M0, integers
 
 LEARNING = ("LSQ", "LSQPlus", "EfficientQAT", "PACT", "SEQ")  # estimators that learn a scale
 RESERVED_ARMS = ("fp", "qat")
@@ -30,7 +30,9 @@ def check_rules(config: dict[str, Any], built: dict[str, Any]) -> Iterator[Probl
     yield from data(config)
     yield from generate(config)
     yield from export(config)
-    if isinstance(recipe := built.get("recipe"), Recipe):
+    recipe = built.get("recipe")
+    yield from reordered(config, recipe)
+    if isinstance(recipe, Recipe):
         yield from recipe_quantizes(recipe)
         yield from weights(recipe)
         yield from kv(recipe)
@@ -85,25 +87,55 @@ def betas(config: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(f"optim.betas[{index}]", f"expected a number from 0 to below 1, found {value}")
 
 
+def methods(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every method that a config names, and where: arms, what is exported, where training starts; and what goes on."""
+    arms = at(config, "arms")
+    places = [f"arms.{name}" for name in arms] if isinstance(arms, dict) else []
+    for where in (*places, "method", "init.method", "adapter.then"):
+        node = at(config, where)
+        while node is not None:
+            yield where, node
+            where, node = f"{where}.then", at(node, "then")
+
+
 def arms(config: dict[str, Any]) -> Iterator[Problem]:
     """Arms of a comparison, where training starts, what follows it: names of files, methods of this project."""
     nodes = at(config, "arms")
-    for name, node in nodes.items() if isinstance(nodes, dict) else []:
+    for name in nodes if isinstance(nodes, dict) else []:
         if name in RESERVED_ARMS:
             yield Problem(f"arms.{name}", "every comparison has an arm of this name already; choose another")
         elif not re.fullmatch(r"\w+", name):
             yield Problem(f"arms.{name}", "an arm's name is made of letters, digits and underscores")
-        yield from _method(node, f"arms.{name}")
-    for where in ("method", "init.method", "adapter.then"):
-        yield from _method(at(config, where), where)
+    for where, node in methods(config):
+        target = at(node, "_target_")
+        if isinstance(target, str) and target.startswith("qat.") and not target.startswith(METHODS):
+            yield Problem(f"{where}._target_", f"{target} is no PTQ method; those live in qat.ptq")
 
 
-def _method(node: Any, where: str) -> Iterator[Problem]:
-    target = at(node, "_target_")
-    if isinstance(target, str) and target.startswith("qat.") and not target.startswith(METHODS):
-        yield Problem(f"{where}._target_", f"{target} is no PTQ method; those live in qat.ptq")
-    if at(node, "then") is not None:
-        yield from _method(at(node, "then"), f"{where}.then")
+def reordered(config: Mapping[str, Any], recipe: Any) -> Iterator[Problem]:
+    """Groups that are not of consecutive in-features need a `g_idx`, which few formats carry, and training does not."""
+    name = at(config, "format.name")
+    refused = f"format={name} cannot carry" if name in ("awq", "gguf") else None
+    if name == "compressed_tensors" and isinstance(recipe, Recipe) and (other := _unpacked(recipe)):
+        refused = f"format={name} has in {PACKED} alone, and {other} is not"
+    for where, node in methods(config):
+        if at(node, "act_order") != "dynamic":
+            continue
+        if where.startswith("init."):
+            text = "training's groups are of consecutive in-features, and dynamic ones are not; use group or static"
+            yield Problem(f"{where}.act_order", text)
+        elif refused:
+            text = f"dynamic needs a g_idx, which {refused}; use group or static, or format=gptq"
+            yield Problem(f"{where}.act_order", text)
+
+
+def _unpacked(recipe: Recipe) -> str | None:
+    """The first rule of which compressed-tensors has groups in another sub-format than packed integers."""
+    for where, rule in _weight_rules(recipe):
+        assert rule.weight is not None
+        if isinstance(rule.weight.granularity, PerGroup) and sub_format(integers(rule.weight), rule.input) != PACKED:
+            return where
+    return None
 
 
 def settled(config: dict[str, Any]) -> Iterator[Problem]:

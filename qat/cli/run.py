@@ -103,7 +103,7 @@ def _introduce(bench: Workbench) -> None:
     stored = bench.config["export"]
     if stored["target"] is not None:
         for line in kernel_lines(
-            stored["target"], bench.config["format"]["name"], linears(bench.plan), stored["dtype"]
+            stored["target"], bench.config["format"]["name"], linears(bench.plan, bench.config), stored["dtype"]
         ):
             say(line)
     if bench.recipe.kv is not None:

@@ -6,15 +6,24 @@ from typing import Any
 from qat.cli.fields import at
 from qat.cli.model_file import ModelFacts
 from qat.cli.problem import Problem
+from qat.cli.rules import methods
 from qat.formats.targets import ENGINES, READS, Layer, verdicts, whole
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme
 
 
-def layers_of(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> list[Layer]:
+def reorders(config: Mapping[str, Any]) -> bool:
+    """Whether what is exported has groups that are not of consecutive in-features: where training ends none has."""
+    exported = (node for where, node in methods(config) if where.startswith(("method", "adapter")))
+    return any(at(node, "act_order") == "dynamic" for node in exported)
+
+
+def layers_of(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], g_idx: bool = False) -> list[Layer]:
     """The linears of a model under a recipe."""
     rules = {name: recipe.rule_for(name) for name in shapes}
-    return [Layer(name, shapes[name], hit and hit[1].weight, hit and hit[1].input) for name, hit in rules.items()]
+    return [
+        Layer(name, shapes[name], hit and hit[1].weight, hit and hit[1].input, g_idx) for name, hit in rules.items()
+    ]
 
 
 def target(config: dict[str, Any], recipe: Any, facts: ModelFacts | None) -> Iterator[Problem]:
@@ -29,11 +38,13 @@ def target(config: dict[str, Any], recipe: Any, facts: ModelFacts | None) -> Ite
         yield from (Problem(key, text) for key, text in whole(wanted, name, str(dtype), None))
         return
     if facts is not None and facts.linears:
-        layers, keys = layers_of(recipe, facts.linears), {m: recipe.rule_for(m) for m in facts.linears}
+        layers = layers_of(recipe, facts.linears, reorders(config))
+        keys = {m: recipe.rule_for(m) for m in facts.linears}
         rules = {module: hit[0] for module, hit in keys.items() if hit is not None}
     else:
         layers = [
-            Layer(f"{rule.match} (rule {key})", None, rule.weight, rule.input) for key, rule in recipe.rules.items()
+            Layer(f"{rule.match} (rule {key})", None, rule.weight, rule.input, reorders(config))
+            for key, rule in recipe.rules.items()
         ]
         rules = dict(zip((layer.name for layer in layers), recipe.rules, strict=True))
     said = set()

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat.cli.devices import by_device
 from qat.cli.rundir import RunDir
-from qat.cli.serving import check
+from qat.cli.serving import check, reorders
 from qat.data.calibration import calibration
 from qat.data.text import Tokens, prepare
 from qat.engine.loader import ARCHITECTURES, FORMATS
@@ -143,7 +144,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     for row in plan.rows:
         if row.weight is not None and (name := config["format"]["name"]) != "none":
             FORMATS[name].check_scheme(row.name, row.weight, row.input, row.kind)
-    check(config, linears(plan), recipe.kv)
+    check(config, linears(plan, config), recipe.kv)
     if config["format"]["name"] == "gguf":
         gguf.check_model(model)
     if recipe.kv is not None:
@@ -186,10 +187,10 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     return bench
 
 
-def linears(plan: Plan) -> list[Layer]:
+def linears(plan: Plan, config: Mapping[str, Any]) -> list[Layer]:
     """The linears of a plan, as those who load an export see them."""
     rows = [row for row in plan.rows if row.kind != "Embedding" and len(row.shape) == 2]
-    return [Layer(row.name, (row.shape[0], row.shape[1]), row.weight, row.input) for row in rows]
+    return [Layer(row.name, (row.shape[0], row.shape[1]), row.weight, row.input, reorders(config)) for row in rows]
 
 
 def check_servable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> None:

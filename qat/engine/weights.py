@@ -170,13 +170,14 @@ class Weights:
 
 
 def _alike(tensors: list[QuantizedTensor], inputs: list[QuantizedInput | None]) -> bool:
-    """Whether weights of one scheme can be one weight: under one divisor, of an input that is rounded in one way."""
+    """Whether weights of one scheme can be one weight: under one divisor, of an input rounded and ordered alike."""
     one, input = tensors[0], inputs[0]
-    divisors = all(
-        t.global_scale is one.global_scale is None or torch.equal(t.global_scale, one.global_scale)  # type: ignore[arg-type]
-        for t in tensors
-    )
-    return divisors and (input is None or all(input.equals(other) for other in inputs))
+    alike = all(_equal(t.global_scale, one.global_scale) and _equal(t.g_idx, one.g_idx) for t in tensors)
+    return alike and (input is None or all(input.equals(other) for other in inputs))
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _fuse(tensors: list[QuantizedTensor]) -> QuantizedTensor:
@@ -189,4 +190,4 @@ def _fuse(tensors: list[QuantizedTensor]) -> QuantizedTensor:
     narrow = one.scale.dtype.itemsize == 1  # torch concatenates no powers of two
     scale = torch.cat([t.scale.view(torch.uint8) if narrow else t.scale for t in tensors]).view(one.scale.dtype)
     zero_point = torch.cat(zero_points) if zero_points else None
-    return QuantizedTensor(codes, scale, zero_point, one.scheme, tuple(codes.shape), one.global_scale)
+    return QuantizedTensor(codes, scale, zero_point, one.scheme, tuple(codes.shape), one.global_scale, one.g_idx)

@@ -16,7 +16,7 @@ from qat.evaluation.precision import compared_in, computing
 from qat.evaluation.reference import Sequence, difference
 from qat.formats import awq, gguf, gptq
 from qat.formats.base import Checkpoint
-from qat.formats.ct_args import PACKED, sub_format
+from qat.formats.ct_args import PACKED, REORDERED, REORDERED_TOO, sub_format
 from qat.formats.ct_parts import pack_tensor
 from qat.models.gguf_names import row_order, their_name
 from qat.models.hf import load_gguf, load_quantized
@@ -42,6 +42,10 @@ def decoders(checkpoint: Checkpoint, sequences: list[Sequence]) -> tuple[dict[st
         return {"autoawq_converter": converter(checkpoint)}, []
     if method == gguf.METHOD:
         return {"gguf": package(checkpoint), "transformers_gguf": transformers_gguf(checkpoint, sequences)}, []
+    groups = checkpoint.config["quantization_config"]["config_groups"].values()
+    if any(group["weights"].get("actorder") in (REORDERED, *REORDERED_TOO) for group in groups):
+        text = "compressed-tensors reads no actorder=group since 0.19, nor does transformers with it (0.18 and vLLM do)"
+        return {"compressed_tensors_in_order": library(checkpoint)}, [f"foreign decode: {text}"]
     rows, unchecked = {"compressed_tensors": library(checkpoint)}, []
     if loads(checkpoint.recipe):
         rows["transformers_default"] = transformers(checkpoint, None, [])
@@ -56,15 +60,18 @@ def library(checkpoint: Checkpoint) -> Row:
     """Decodes every quantized weight with the compressed-tensors library, and compares it with our own decoding.
 
     Both in the dtype that the library decodes to. The file's own config groups say how, so this checks them as well.
+    Groups that are not of consecutive in-features are put in order first: the library knows no g_idx any more, so of
+    such a file it checks codes, scales and zero points, and not where they belong.
     """
     quantization = checkpoint.config["quantization_config"]
-    groups = quantization["config_groups"].values()
+    groups = [g | {"weights": g["weights"] | {"actorder": None}} for g in quantization["config_groups"].values()]
 
     def decode(name: str) -> Tensor:
         group = next(g for g in groups if name in g["targets"] or "Linear" in g["targets"])
         named = group.get("format") or quantization["format"]
-        parts = pack_tensor(checkpoint.tensors[name], named == PACKED)
-        return _decompressed(parts, QuantizationScheme(**group), named)
+        tensor = checkpoint.tensors[name]
+        decoded = _decompressed(pack_tensor(tensor.in_order(), named == PACKED), QuantizationScheme(**group), named)
+        return decoded if tensor.order is None else decoded[:, tensor.order.argsort()]
 
     return _compared(checkpoint, "compressed_tensors BaseCompressor.decompress", decode)
 

@@ -37,7 +37,14 @@ from qat.formats.base import (
     unquantized_state,
     write_directory,
 )
-from qat.formats.weight_only import check_static_weight, check_weights, from_half, in_half, scale_dtype_of
+from qat.formats.weight_only import (
+    check_consecutive,
+    check_static_weight,
+    check_weights,
+    from_half,
+    in_half,
+    scale_dtype_of,
+)
 from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.grid import IntGrid
 from qat.numerics.packing import offset, pack, unpack
@@ -83,7 +90,12 @@ def save(
 
 
 def expressed(recipe: Recipe, tensors: Mapping[str, QuantizedTensor]) -> tuple[Recipe, dict[str, QuantizedTensor]]:
-    """Recipe and tensors as the format says them: on integer grids, with zero points, 0 where there were none."""
+    """Recipe and tensors as the format says them: on integer grids, with zero points, 0 where there were none.
+
+    Raises:
+        ValueError: A module's groups are not of consecutive in-features.
+    """
+    check_consecutive(METHOD, tensors)
     rules = {
         key: replace(rule, weight=None if rule.weight is None else asymmetric(integers(rule.weight)))
         for key, rule in recipe.rules.items()
@@ -124,6 +136,7 @@ def pack_tensor(name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
         ValueError: Its rows do not fill words, or fp16 does not hold a scale; names the module.
     """
     assert tensor.zero_point is not None, f"{name}: `expressed` gives every tensor a zero point"
+    assert tensor.g_idx is None, f"{name}: `expressed` lets no such tensor through"
     if tensor.shape[0] % len(ORDER):
         raise ValueError(
             f"{name}: {METHOD} packs multiples of {len(ORDER)} out-features; this has {tensor.shape[0]}. Add a later "

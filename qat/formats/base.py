@@ -95,7 +95,7 @@ def digest(tensor: Tensor) -> str:
 
 def certified_parts(name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
     """A quantized weight's parts, keyed `<module>.codes`, `.scale` and, where it has one, `.zero_point` and so on."""
-    parts = {part: getattr(tensor, part) for part in ("codes", "scale", "zero_point", "global_scale")}
+    parts = {part: getattr(tensor, part) for part in ("codes", "scale", "zero_point", "global_scale", "g_idx")}
     return {f"{name}.{part}": value for part, value in parts.items() if value is not None}
 
 

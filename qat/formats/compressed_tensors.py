@@ -42,6 +42,7 @@ from qat.formats.ct_args import (
     SUB_FORMATS,
     Schemes,
     config_groups,
+    has_g_idx,
     kv_args,
     kv_scheme,
     refused,
@@ -62,16 +63,17 @@ CODES = ("int8", "float8_e4m3fn")  # dtypes of a `weight` that is quantized
 
 @dataclass(frozen=True)
 class Stored:
-    """How a module of the file is quantized, and its sub-format."""
+    """How a module of the file is quantized, its sub-format, and whether it has a g_idx."""
 
     format: str
     weight: Scheme
     input: Scheme | None
+    reordered: bool
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The tensors of its weight."""
-        return part_names(self.weight, self.format == PACKED)
+        return part_names(self.weight, self.format == PACKED, self.reordered)
 
 
 def check_scheme(name: str, weight: Scheme, input: Scheme | None = None, kind: str = "Linear") -> None:
@@ -111,8 +113,12 @@ def save(
         ValueError: The format cannot carry a scheme, or a tensor does not fit the storage dtype.
     """
     check_tensors(model, recipe, tensors, check_scheme, dtype)
-    for name in tensors:
+    for name, tensor in tensors.items():
         _check_input(name, _input(recipe, name), folded, dtype)
+        if tensor.g_idx is not None and sub_format(tensor.scheme, _input(recipe, name)) != PACKED:
+            raise ValueError(
+                f"{name}: {METHOD} has a g_idx in {PACKED} alone; quantize it with act_order=group or static"
+            )
     config = quantization_config(recipe, tensors, linear_names(model))
     config["kv_cache_scheme"] = None if recipe.kv is None else kv_args(recipe.kv, head_dim(model.config.to_dict()))
     write_directory(Path(path), model, tokenizer, state(model, recipe, tensors, folded, dtype), config, dtype)
@@ -136,11 +142,17 @@ def state(
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """The tensors of the file by name: quantized weights, scales of inputs, and the rest in the storage dtype."""
-    result = unquantized_state(model, tensors, folded, dtype)
+    result, reordered = unquantized_state(model, tensors, folded, dtype), _reordered(recipe, tensors)
     for name, tensor in tensors.items():
-        packed = sub_format(tensor.scheme, _input(recipe, name)) == PACKED
-        result |= {f"{name}.{part}": value for part, value in pack_tensor(tensor, packed).items()}
+        schemes = tensor.scheme, _input(recipe, name)
+        parts = pack_tensor(tensor, sub_format(*schemes) == PACKED, schemes in reordered)
+        result |= {f"{name}.{part}": value for part, value in parts.items()}
     return result
+
+
+def _reordered(recipe: Recipe, tensors: Mapping[str, QuantizedTensor]) -> set[Schemes]:
+    """Schemes of which a module has a g_idx; then all of these schemes do: one word of the config speaks of them."""
+    return {(tensor.scheme, _input(recipe, name)) for name, tensor in tensors.items() if tensor.g_idx is not None}
 
 
 def quantization_config(
@@ -156,7 +168,7 @@ def quantization_config(
         "version": LAYOUT_VERSION,
         "ignore": [name for name in linears if name not in tensors],
         "kv_cache_scheme": None,
-        **config_groups(by_schemes),
+        **config_groups(by_schemes, _reordered(recipe, tensors)),
     }
 
 
@@ -180,7 +192,7 @@ def load(path: Path | str) -> Checkpoint:
     modules = quantized_modules(reader)
     storage = config.get("dtype") or config.get("torch_dtype")
     stored = {
-        name: Stored(how.format, *_with_dtypes(reader, name, how, storage))
+        name: Stored(how.format, *_with_dtypes(reader, name, how, storage), how.reordered)
         for name, how in module_schemes(path, quantization, modules).items()
     }
     parts = {f"{name}.{part}" for name, how in stored.items() for part in how.parts}
@@ -246,7 +258,11 @@ def quantized_modules(reader: Reader) -> list[str]:
 def module_schemes(path: Path, quantization: Mapping[str, Any], modules: list[str]) -> dict[str, Stored]:
     """What the file says of every quantized module: groups that name it win over groups that target its class."""
     groups = quantization.get("config_groups") or {}
-    stored = {key: Stored(*schemes_of(f"{path}/config.json: {key}", key, quantization)) for key in groups}
+    stored = {}
+    for key, group in groups.items():
+        where = f"{path}/config.json: {key}"
+        name, weight, input = schemes_of(where, key, quantization)
+        stored[key] = Stored(name, weight, input, has_g_idx(where, group, name))
     named = quantization.get("format")
     if wrong := [key for key, how in stored.items() if named not in (None, MIXED, how.format)]:
         raise ValueError(f"{path}/config.json: format {named!r}, but {wrong[0]} is {stored[wrong[0]].format}")

@@ -16,10 +16,11 @@
 
 No word of the format says how a symmetric integer scale follows from absmax (`Scheme.convention`): the library divides
 by 127.5, vLLM by 127. Where a scheme is not `ct`, a key of our own beside the config groups says so; the library,
-transformers and vLLM pass over keys that they do not know. Torch-free.
+transformers and vLLM pass over keys that they do not know. `actorder` `group` says that modules hold the group of each
+in-feature, which is then not `i // group_size`: releases before 0.19 read it, and vLLM, which pins one. Torch-free.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
@@ -33,6 +34,8 @@ SUB_FORMATS = (PACKED, INT, FLOAT, NAIVE, NVFP4, MXFP4, MXFP8)
 MIXED = "mixed-precision"
 CONVENTIONS = "scale_conventions"  # {group: {"weights" or "input_activations": convention}}, those that are not ct
 STRATEGIES = {PerTensor: "tensor", PerChannel: "channel", PerGroup: "group", PerToken: "token"}
+REORDERED = "group"  # the `actorder` of modules that hold a g_idx, and its other names
+REORDERED_TOO = (True, "dynamic")
 BYTES = "torch.uint8"  # how the format calls the dtype of powers of two
 
 Schemes = tuple[Scheme, Scheme | None]  # of a module's weight and of its input
@@ -84,20 +87,22 @@ def _named(scheme: Scheme) -> bool:
     return isinstance(scheme.grid, IntGrid) or scheme.grid == FloatGrid("e4m3")
 
 
-def config_groups(by_schemes: Mapping[Schemes, list[str]]) -> dict[str, Any]:
-    """`format`, `config_groups` and our own key, for modules of these schemes.
+def config_groups(by_schemes: Mapping[Schemes, list[str]], reordered: Collection[Schemes] = ()) -> dict[str, Any]:
+    """`format`, `config_groups` and our own key, for modules of these schemes; those of `reordered` have a g_idx.
 
     Modules of one pair of schemes: one group that targets `Linear`. Of several: a group for each, which names them.
     """
     groups, conventions, formats = {}, {}, set()
     for i, ((weight, input), names) in enumerate(by_schemes.items()):
         parts = {"weights": weight} | ({} if input is None else {"input_activations": input})
+        words = {part: args(scheme) for part, scheme in parts.items()}
+        words["weights"]["actorder"] = REORDERED if (weight, input) in reordered else None
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if len(by_schemes) == 1 else names,
             "format": sub_format(weight, input),
             "input_activations": None,
             "output_activations": None,
-            **{part: args(scheme) for part, scheme in parts.items()},
+            **words,
         }
         formats.add(sub_format(weight, input))
         if said := {part: scheme.convention for part, scheme in parts.items() if scheme.convention != "ct"}:
@@ -162,6 +167,20 @@ def schemes_of(where: str, key: str, quantization: Mapping[str, Any]) -> tuple[s
     for part, text in refused(weights, input):
         raise ValueError(f"{where}: {part}: this reader {text}")
     return name, weights, input
+
+
+def has_g_idx(where: str, group: Mapping[str, Any], name: str) -> bool:
+    """Whether the modules of a config group, of this sub-format, hold the group of each in-feature.
+
+    Raises:
+        ValueError: The word is none of the format's, or its sub-format has no such tensor here.
+    """
+    word = (group.get("weights") or {}).get("actorder")
+    if word in (None, False, "weight", "static"):
+        return False
+    if word not in (REORDERED, *REORDERED_TOO) or name != PACKED:
+        raise ValueError(f"{where}: actorder {word!r} in {name!r}; this reader serves {REORDERED!r} in {PACKED!r}")
+    return True
 
 
 def _scheme(where: str, said: Any, convention: str) -> Scheme:

@@ -1,7 +1,8 @@
 """The tensors of a module in each sub-format of compressed-tensors, and back. All are row-major, `[O, I]`.
 
     pack-quantized    weight_packed int32 [O, ceil(I bits / 32)], codes plus 2**(bits-1), a dense bitstream along I;
-                      weight_shape int64 [2]; weight_zero_point int32 [ceil(O bits / 32), G], packed along O
+                      weight_shape int64 [2]; weight_zero_point int32 [ceil(O bits / 32), G], packed along O;
+                      where actorder is group, weight_g_idx int32 [I], the group of each in-feature
     int-quantized     weight int8 [O, I]; weight_zero_point int8 of the scale's shape
     float-quantized   weight float8_e4m3fn [O, I]
     nvfp4             weight_packed uint8 [O, I / 2]; weight_scale float8_e4m3fn; weight_global_scale fp32 [1]
@@ -21,15 +22,29 @@ from torch import Tensor
 from qat.numerics.affine import scale_dtype
 from qat.numerics.grid import FloatGrid, IntGrid
 from qat.numerics.packing import num_words, offset, pack, unpack
-from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.qtensor import QuantizedTensor, as_g_idx, consecutive
 from qat.numerics.scheme import E4M3, E8M0, Scheme
 
-PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+PARTS = (
+    "weight_packed",
+    "weight",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_g_idx",
+)
 NAN = 0x7F  # the bit patterns of e4m3 that are no number, without their sign
 
 
-def part_names(scheme: Scheme, packed: bool) -> tuple[str, ...]:
-    """The tensors of a module: `packed` is whether integers are a bitstream (`pack-quantized`) or bytes."""
+def part_names(scheme: Scheme, packed: bool, reordered: bool = False) -> tuple[str, ...]:
+    """The tensors of a module.
+
+    Args:
+        scheme: Of its weight.
+        packed: Whether integers are a bitstream (`pack-quantized`) or bytes.
+        reordered: Whether it has a g_idx.
+    """
     integers = isinstance(scheme.grid, IntGrid)
     names = ["weight_packed" if scheme.grid == FloatGrid("e2m1") or (integers and packed) else "weight", "weight_scale"]
     if integers and packed:
@@ -38,11 +53,14 @@ def part_names(scheme: Scheme, packed: bool) -> tuple[str, ...]:
         names.append("weight_zero_point")
     if scheme.two_level:
         names.append("weight_global_scale")
+    if reordered:
+        names.append("weight_g_idx")
     return tuple(names)
 
 
-def pack_tensor(tensor: QuantizedTensor, packed: bool = True) -> dict[str, Tensor]:
-    """A quantized weight as the sub-format's tensors, on the CPU; packed where it lies."""
+def pack_tensor(tensor: QuantizedTensor, packed: bool = True, reordered: bool = False) -> dict[str, Tensor]:
+    """A quantized weight as the sub-format's tensors, on the CPU; packed where it lies. Arguments as `part_names`."""
+    assert reordered or tensor.g_idx is None, "nothing would say which in-features a group has"
     scheme, codes, zero_point = tensor.scheme, tensor.codes, tensor.zero_point
     parts = {"weight_scale": tensor.scale}
     if scheme.scale_dtype == E8M0:
@@ -63,11 +81,14 @@ def pack_tensor(tensor: QuantizedTensor, packed: bool = True) -> dict[str, Tenso
         parts["weight"] = codes.view(torch.float8_e4m3fn)
     else:
         parts["weight_packed"] = pack(codes, 4).view(torch.uint8)
-    return {part: parts[part].cpu().contiguous() for part in part_names(scheme, packed)}
+    if reordered:
+        places = consecutive(tensor.shape[1], tensor.scale.shape[-1])
+        parts["weight_g_idx"] = places if tensor.g_idx is None else tensor.g_idx
+    return {part: parts[part].cpu().contiguous() for part in part_names(scheme, packed, reordered)}
 
 
 def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme, packed: bool = True) -> QuantizedTensor:
-    """The inverse of `pack_tensor`.
+    """The inverse of `pack_tensor`; a g_idx is read where there is one.
 
     Raises:
         ValueError: A part has the wrong shape or dtype, a code is none of the grid's, or a scale is not a positive
@@ -92,7 +113,11 @@ def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme, packed
     if g is not None:
         _check(f"{name}.weight_global_scale", g, torch.float32, (1,))
         _positive(f"{name}.weight_global_scale", g)
-    return QuantizedTensor(codes, scale, zero_point, scheme, tuple(codes.shape), g)
+    g_idx = _g_idx(name, parts, codes.shape[1], scale.shape[-1])
+    try:
+        return QuantizedTensor(codes, scale, zero_point, scheme, tuple(codes.shape), g, g_idx)
+    except ValueError as error:
+        raise ValueError(f"{name}.weight_{error}") from None
 
 
 def check_input(name: str, value: Tensor, scheme: Scheme) -> None:
@@ -120,6 +145,13 @@ def _bitstream(name: str, parts: Mapping[str, Tensor], bits: int) -> Tensor:
             f"torch.int32 {shape}"
         )
     return _signed(unpack(words, bits, columns), bits)
+
+
+def _g_idx(name: str, parts: Mapping[str, Tensor], columns: int, groups: int) -> Tensor | None:
+    if "weight_g_idx" not in parts or bool((parts["weight_g_idx"] == -1).all()):  # that is how none was ever set
+        return None
+    _check(f"{name}.weight_g_idx", parts["weight_g_idx"], torch.int32, (columns,))
+    return as_g_idx(parts["weight_g_idx"], groups)
 
 
 def _zero_point(name: str, stored: Tensor, scheme: Scheme, packed: bool, scale: Tensor) -> Tensor:

@@ -40,7 +40,14 @@ from qat.formats.base import (
     unquantized_state,
     write_directory,
 )
-from qat.formats.weight_only import check_static_weight, check_weights, from_half, in_half, scale_dtype_of
+from qat.formats.weight_only import (
+    check_consecutive,
+    check_static_weight,
+    check_weights,
+    from_half,
+    in_half,
+    scale_dtype_of,
+)
 from qat.models.gguf import Reader
 from qat.models.gguf_names import ARCHITECTURES, architecture, metadata, our_name, row_order, their_name
 from qat.models.gguf_tokenizer import add_tokenizer
@@ -123,7 +130,12 @@ def save(
 
 
 def expressed(recipe: Recipe, tensors: Mapping[str, QuantizedTensor]) -> tuple[Recipe, dict[str, QuantizedTensor]]:
-    """Recipe and tensors as the format says them: on integer grids, in groups of 32 that repeat larger ones' scales."""
+    """Recipe and tensors as the format says them: on integer grids, in groups of 32 that repeat larger ones' scales.
+
+    Raises:
+        ValueError: A module's groups are not of consecutive in-features.
+    """
+    check_consecutive(METHOD, tensors)
     block = PerGroup(BLOCK)
     rules = {
         key: replace(rule, weight=None if rule.weight is None else replace(integers(rule.weight), granularity=block))
@@ -163,6 +175,7 @@ def pack_tensor(name: str, tensor: QuantizedTensor) -> Tensor:
     Raises:
         ValueError: fp16 does not hold a scale, or a zero point times its scale; names the module.
     """
+    assert tensor.g_idx is None, f"{name}: `expressed` lets no such tensor through"
     rows, columns = tensor.shape
     kind, codes = type_of(tensor.scheme), tensor.codes.cpu().reshape(rows, columns // BLOCK, BLOCK)
     parts = [in_half(name, tensor.scale)[..., None].view(torch.uint8)]

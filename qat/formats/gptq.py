@@ -5,13 +5,15 @@ For each quantized module, with unsigned codes u and zeros z (`2**(bits-1)` adde
     qweight  int32  [I * bits / 32, O]   packed along I
     qzeros   int32  [G, O * bits / 32]   packed along O
     scales   fp16   [G, O]
-    g_idx    int32  [I]                  group of each in-feature: here i // group_size, always
+    g_idx    int32  [I]                  group of each in-feature
 
     W[o, i] = scales[g_idx[i], o] * (u[i, o] - z[g_idx[i], o])
 
 `checkpoint_format` is `gptq` (version 1) where every scheme is symmetric: qzeros holds z - 1, so a word of 4-bit zeros
 is 0x77777777. Version 1 cannot say z = 0, so a file with an asymmetric module is `gptq_v2`, whose qzeros holds z. There
 are files that say one and hold the other: a symmetric one is refused here, by name.
+
+Where a module's g_idx is not i // group_size, `desc_act` is true: vLLM passes over every g_idx where it is false.
 
 Scales are fp16 in what every tool writes and in GPTQModel's buffers, whatever the model's dtype. Those of another
 storage dtype are written if fp16 holds each of them, and `meta.scale_dtype` says what they were. Modules that differ
@@ -48,7 +50,7 @@ from qat.formats.weight_only import check_static_weight, check_weights, from_hal
 from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.grid import IntGrid
 from qat.numerics.packing import num_words, offset, pack, unpack
-from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.qtensor import QuantizedTensor, as_g_idx, consecutive
 from qat.numerics.recipe import Recipe
 from qat.numerics.scheme import Scheme, integers
 
@@ -130,18 +132,13 @@ def pack_tensor(name: str, tensor: QuantizedTensor, version: str) -> dict[str, T
         )
     zeros = torch.zeros_like(tensor.scale, dtype=torch.int8) if tensor.zero_point is None else tensor.zero_point
     stored = zeros.to(torch.int16) + offset(bits) - LESS[version]
-    groups = tensor.scale.shape[1]
+    g_idx = consecutive(columns, tensor.scale.shape[1]) if tensor.g_idx is None else tensor.g_idx
     return {
         "qweight": pack(tensor.codes.to(torch.int16) + offset(bits), bits).T.contiguous().cpu(),
         "qzeros": pack(stored.T, bits).cpu(),
         "scales": in_half(name, tensor.scale).T.contiguous(),
-        "g_idx": groups_of(columns, groups),
+        "g_idx": g_idx.cpu(),
     }
-
-
-def groups_of(columns: int, groups: int) -> Tensor:
-    """Group of each in-feature, int32 `[columns]`."""
-    return torch.arange(columns, dtype=torch.int32) // (columns // groups)
 
 
 def unpack_tensor(
@@ -150,8 +147,8 @@ def unpack_tensor(
     """The inverse of `pack_tensor`, with scales in `dtype`.
 
     Raises:
-        ValueError: A part has the wrong shape or dtype, a scale is not a positive number, or zeros are those of the
-            other version.
+        ValueError: A part has the wrong shape or dtype, a scale is not a positive number, groups are not all of one
+            size, or zeros are those of the other version.
     """
     qweight, qzeros, scales, g_idx = (parts[part] for part in PARTS)
     if scales.dim() != 2 or g_idx.dim() != 1 or g_idx.dtype not in (torch.int32, torch.int64):
@@ -172,14 +169,12 @@ def unpack_tensor(
         if tuple(parts[part].shape) != shape or words:
             found = f"{parts[part].dtype} {tuple(parts[part].shape)}"
             raise ValueError(f"{name}.{part}: {found}; {bits}-bit [{rows}, {columns}] needs {shape}")
-    if not torch.equal(g_idx.to(torch.int32), groups_of(columns, groups)):
-        raise ValueError(
-            f"{name}.g_idx: in-features are not in the order of their groups (desc_act without static groups), which "
-            f"is not served"
-        )
     zero_point = zeros_of(name, unpack(qzeros, bits, rows), scheme, version)
     codes = (unpack(qweight.T.contiguous(), bits, columns).to(torch.int16) - offset(bits)).to(torch.int8)
-    return QuantizedTensor(codes, scale, zero_point, scheme, (rows, columns))
+    try:
+        return QuantizedTensor(codes, scale, zero_point, scheme, (rows, columns), None, as_g_idx(g_idx, groups))
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from None
 
 
 def zeros_of(name: str, stored: Tensor, scheme: Scheme, version: str) -> Tensor | None:
@@ -216,7 +211,7 @@ def quantization_config(
     return {
         "quant_method": METHOD,
         **first,
-        "desc_act": False,
+        "desc_act": any(tensor.g_idx is not None for tensor in tensors.values()),
         "lm_head": "lm_head" in tensors,
         "checkpoint_format": version_of(tensors),
         "pack_dtype": "int32",
@@ -281,6 +276,11 @@ def load(path: Path | str) -> Checkpoint:
             tensor = unpack_tensor(name, found, schemes[name], version, getattr(torch, dtypes[name]))
         except ValueError as error:
             raise ValueError(f"{reader.files[f'{name}.qweight']}: {error}") from None
+        if tensor.g_idx is not None and said.get("desc_act") is not True:
+            raise ValueError(
+                f"{file}: {name}.g_idx puts in-features into groups in another order than theirs, but desc_act is "
+                f"{json.dumps(said.get('desc_act'))}, where some readers pass over it; set it to true"
+            )
         reader.check(certified_parts(name, tensor), name)
         return tensor
 

@@ -14,7 +14,8 @@ Facts, each with its source; none was run here. What is not known is called so, 
     Marlin of SGLang         -1, 32, 64, 128   int4, int8; uint4 zeros    128       64      nothing there pads
     Exllama                  any               int4, int8; fp16 only      any       32 / bits
 
--1 is one scale for each output channel. Both engines multiply q, k, v as one layer, and gate and up.
+-1 is one scale for each output channel. Both engines multiply q, k, v as one layer, and gate and up. Of groups that are
+not of consecutive in-features (`g_idx`) all say that they take them, on one GPU, and vLLM's Marlin then pads nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,7 @@ FUSED = {  # vLLM's and SGLang's models of the Llama family stack these
 MARLIN_GROUPS = (-1, 32, 64, 128)  # MARLIN_SUPPORTED_GROUP_SIZES, in both
 MACHETE_GROUPS = (-1, 64, 128)  # query_machete_supported_group_sizes, for 16-bit activations
 MACHETE_K, MACHETE_N = 64, 128  # MACHETE_PREPACKED_BLOCK_SHAPE
-SGLANG_K, SGLANG_N = 128, 64  # GPTQ_MARLIN_MIN_THREAD_K and _N
+MARLIN_K, MARLIN_N = 128, 64  # GPTQ_MARLIN_MIN_THREAD_K and _N, where nothing is padded
 UNKNOWN = "not known"
 LOADED = {  # how transformers computes what it reads
     "compressed_tensors": "torch, decompressed",
@@ -61,12 +62,14 @@ class Layer:
         shape: (out-features, in-features); None if the model's files do not say.
         weight: Scheme of the weight; None leaves it alone.
         input: Scheme of the input.
+        g_idx: Whether its groups, where it has any, are not of consecutive in-features.
     """
 
     name: str
     shape: tuple[int, int] | None
     weight: Scheme | None
     input: Scheme | None = None
+    g_idx: bool = False
 
     @property
     def group_size(self) -> int:
@@ -74,6 +77,11 @@ class Layer:
         return (
             self.weight.granularity.group_size if self.weight and isinstance(self.weight.granularity, PerGroup) else -1
         )
+
+    @property
+    def reordered(self) -> bool:
+        """Whether its groups are not of consecutive in-features."""
+        return self.g_idx and self.group_size > 0
 
     def __str__(self) -> str:
         shape = "" if self.shape is None else f" {list(self.shape)}"
@@ -208,11 +216,13 @@ def _packed(target: str, name: str, layer: Layer, k: int | None, n: int | None, 
         more = " or export.dtype=float16" if target == "vllm" and name == "compressed_tensors" and not zeros else ""
         text = f"export.target={target} has no kernel for groups of {size}"
         return _refused(layer, "weight.granularity", f"{text}; use group_size=32, 64 or 128, PerChannel{more}")
-    if target == "sglang" and k is not None and n is not None and (k % SGLANG_K or n % SGLANG_N):
-        text = (
-            f"export.target=sglang has Marlin for in-features in multiples of {SGLANG_K} and out-features of {SGLANG_N}"
-        )
-        return _refused(layer, "match", f"{text}{_sizes(k, n)}; add a later rule for it with weight=null")
+    unpadded = target == "sglang" or layer.reordered
+    if unpadded and k is not None and n is not None and (k % MARLIN_K or n % MARLIN_N):
+        kernels = [kernel for kernel in kernels if kernel != "Marlin"]
+    if not kernels:
+        text = f"has Marlin for in-features in multiples of {MARLIN_K} and out-features of {MARLIN_N}{_sizes(k, n)}"
+        fix = "add a later rule for it with weight=null" + (", or use act_order=group" if target == "vllm" else "")
+        return _refused(layer, "match", f"export.target={target} {text}; {fix}")
     return Verdict(layer, " or ".join(kernels))
 
 
@@ -253,6 +263,9 @@ def _transformers(name: str, layer: Layer, mixed: bool, left: list[str]) -> Verd
     weight = layer.weight
     assert weight is not None
     packed = isinstance(weight.grid, IntGrid) and (layer.input is None or weight.grid.bits < 8)
+    if name == "compressed_tensors" and layer.reordered:
+        text = "export.target=transformers decodes with compressed-tensors, which has no g_idx since 0.19"
+        return _refused(layer, "weight.granularity", f"{text}; use act_order=group or static, or format=gptq")
     if name == "compressed_tensors" and packed and not weight.symmetric:
         if mixed:
             text = "export.target=transformers does not load packed zero points beside another scheme"

@@ -43,6 +43,16 @@ def check_weights(
             raise ValueError(f"{name}: scale in {tensor.scale.dtype}, but the storage dtype is {dtype}")
 
 
+def check_consecutive(method: str, tensors: Mapping[str, QuantizedTensor]) -> None:
+    """Raises ValueError, naming the module, if groups are not of consecutive in-features."""
+    for name, tensor in tensors.items():
+        if tensor.g_idx is not None:
+            raise ValueError(
+                f"{name}: its in-features are grouped by a g_idx, which {method} cannot carry. Use format=gptq or "
+                f"compressed_tensors, or quantize with act_order=group or static"
+            )
+
+
 def in_half(name: str, scale: Tensor) -> Tensor:
     """Scales in fp16, on the CPU: what GPTQ, AWQ and GGUF store. A bf16 scale above 2**-17 loses nothing.
 

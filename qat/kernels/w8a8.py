@@ -24,6 +24,7 @@ def quantize_tokens(x: Tensor, reach: float = 127.5) -> tuple[Tensor, Tensor]:
 
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, reach: float = 127.5) -> Tensor:
     """x `[..., I]` -> fp32 `[..., O]`, activations quantized by the token."""
+    assert weight.g_idx is None, "its groups are not of consecutive in-features; see QuantizedTensor.in_order"
     codes, scale = quantize_tokens(x, reach)
     grouped = group(weight.codes, weight.scale)  # [O, G, I / G], or [1, O I] of a per-tensor scale
     if weight.zero_point is not None:

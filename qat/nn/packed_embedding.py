@@ -14,10 +14,15 @@ class PackedEmbedding(nn.Module):
 
     Args:
         linear: A linear that has the table as its weight.
+
+    Raises:
+        ValueError: Its groups are not of consecutive in-features, so its rows are not the table's.
     """
 
     def __init__(self, linear: PackedLinear):
         super().__init__()
+        if linear.order is not None:
+            raise ValueError("a table with a g_idx is not served; only linears have one")
         self.linear = linear
 
     def specialize(self, spare: int) -> None:

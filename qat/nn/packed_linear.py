@@ -14,7 +14,8 @@ class PackedLinear(nn.Module):
     """`F.linear` by a quantized weight, through `kernels/w4a16.py`; its input is rounded first where a scheme says so.
 
     Its scales keep their stored dtype: `.to(dtype)`, `.half()` and the like move the layer's device only. It is fed
-    from a `QuantizedTensor`, not from a state dict.
+    from a `QuantizedTensor`, not from a state dict. A weight with a `g_idx` is laid out group after group, and its
+    input put in that order at each call: one gather of activations, and every kernel serves it.
 
     Args:
         tensor: The weight, on the device where the layer shall run.
@@ -31,7 +32,8 @@ class PackedLinear(nn.Module):
             raise ValueError(
                 f"bias of shape {tuple(bias.shape)}: a weight of shape {tensor.shape} needs {tensor.shape[:1]}"
             )
-        weight = w4a16.pack_weight(tensor)
+        weight = w4a16.pack_weight(tensor.in_order())
+        self.order = None if tensor.order is None else tensor.order.to(torch.int32)
         self.weight: w4a16.Weight = weight
         self.bias, self.input = bias, input
         self.packed_bytes = weight.nbytes
@@ -43,12 +45,14 @@ class PackedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weight, bias and the input's scale as they lie in memory now."""
-        return self.weight.nbytes + sum(part.nbytes for part in (self.bias, self.input) if part is not None)
+        """Bytes of weight, bias, the input's scale and the order of in-features as they lie in memory now."""
+        more = (self.bias, self.input, self.order)
+        return self.weight.nbytes + sum(part.nbytes for part in more if part is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` -> `[..., O]`, in x's dtype."""
-        return w4a16.linear(x if self.input is None else self.input(x), self.weight, self.bias)
+        x = x if self.input is None else self.input(x)
+        return w4a16.linear(x if self.order is None else x.index_select(-1, self.order), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and kernel, for `print(model)`."""
@@ -63,5 +67,6 @@ class PackedLinear(nn.Module):
         elif device.type != "cpu":
             raise ValueError("a weight laid out for a CPU kernel cannot move: build the layer on the other device")
         self.bias = None if self.bias is None else fn(self.bias)
+        self.order = None if self.order is None else self.order.to(device)
         self.input = None if self.input is None else self.input.to(device)
         return self

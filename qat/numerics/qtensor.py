@@ -22,7 +22,7 @@ class QuantizedTensor:
         scheme: How the tensor is quantized.
         shape: `(O, I)`.
         global_scale: fp32 `[1]`, the divisor of a two-level scheme's scales; else None.
-        g_idx: Group of each in-feature, where it is not `i // group_size`.
+        g_idx: Group of each in-feature, int32 `[I]`, each group as often as any; None where it is `i // group_size`.
 
     Raises:
         ValueError: The parts do not fit each other.
@@ -51,10 +51,28 @@ class QuantizedTensor:
             raise ValueError(f"symmetric={self.scheme.symmetric} but zero_point is {type(self.zero_point).__name__}")
         if self.zero_point is not None and tuple(self.zero_point.shape) != expected:
             raise ValueError(f"zero_point of shape {tuple(self.zero_point.shape)}: expected {expected}")
+        if self.g_idx is not None:
+            evenly = consecutive(self.shape[-1], expected[-1], self.g_idx.device)
+            if self.g_idx.dtype != torch.int32 or not torch.equal(self.g_idx.sort().values, evenly):
+                raise ValueError(
+                    f"g_idx {self.g_idx.dtype} {tuple(self.g_idx.shape)}: expected int32 [{self.shape[-1]}], each of "
+                    f"{expected[-1]} groups as often"
+                )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`, `[O, I]`: `round_D(fp32((q - z) * s))`."""
+        if (order := self.order) is not None:
+            return self.in_order().dequantize(dtype)[:, order.argsort()]
         return dequantize(self.codes, self.scale, self.zero_point, dtype, self.scheme.grid, self.global_scale)
+
+    @property
+    def order(self) -> Tensor | None:
+        """In-features, group after group; None where they lie so."""
+        return None if self.g_idx is None else self.g_idx.argsort(stable=True)
+
+    def in_order(self) -> "QuantizedTensor":
+        """The weight of `x[..., order]`: every group is one of consecutive in-features."""
+        return self if self.g_idx is None else replace(self, codes=self.codes[:, self.order], g_idx=None)
 
     @property
     def served(self) -> Tensor:
@@ -68,10 +86,22 @@ class QuantizedTensor:
 
     @property
     def bits(self) -> int:
-        """Bits of codes, scales and zero points together, as a dense format stores them."""
+        """Bits of codes, scales, zero points and `g_idx` together, as a dense format stores them."""
         zeros = 0 if self.zero_point is None else self.zero_point.numel() * self.scheme.grid.bits
         zeros += 0 if self.global_scale is None else 32
+        zeros += 0 if self.g_idx is None else 32 * self.g_idx.numel()
         return self.codes.numel() * self.scheme.grid.bits + self.scale.numel() * self.scale.element_size() * 8 + zeros
+
+
+def consecutive(columns: int, groups: int, device: torch.device | str = "cpu") -> Tensor:
+    """Group of each in-feature where groups are of consecutive ones, int32 `[columns]`."""
+    return torch.arange(columns, dtype=torch.int32, device=device) // (columns // groups)
+
+
+def as_g_idx(found: Tensor, groups: int) -> Tensor | None:
+    """The group of each in-feature as a `QuantizedTensor` has it."""
+    found = found.to(torch.int32)
+    return None if torch.equal(found, consecutive(len(found), groups, found.device)) else found
 
 
 def regrouped(tensor: QuantizedTensor, granularity: PerGroup) -> QuantizedTensor:
@@ -80,6 +110,7 @@ def regrouped(tensor: QuantizedTensor, granularity: PerGroup) -> QuantizedTensor
     Raises:
         ValueError: The groups do not divide the tensor's own.
     """
+    assert tensor.g_idx is None, "its groups are not of consecutive in-features, so smaller ones are not either"
     rows, groups = granularity.scale_shape(tensor.shape)
     own = 1 if tensor.scale.dim() == 1 else tensor.scale.shape[1]
     if groups % own:

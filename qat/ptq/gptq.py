@@ -2,8 +2,8 @@
 
 Deviations from the paper, all of them common since: by default scales of all groups come from the original weight
 before any column is rounded (`groups=static`), so that columns can be taken in the order of activation energy and the
-file needs no `g_idx`; factors are computed in fp64; an in-feature that calibration never excites keeps its weight (the
-paper's code zeroes it) and is rounded to nearest.
+file needs no `g_idx` (`act_order=dynamic` has one); factors are computed in fp64; an in-feature that calibration never
+excites keeps its weight (the paper's code zeroes it) and is rounded to nearest.
 """
 
 import time
@@ -61,7 +61,9 @@ def gptq(
         batches: Calibration token ids, `[B, T]` each, without padding.
         observer: Finds the range of every group.
         act_order: `static`: columns go in descending order of activation energy; `group`: groups do, and columns in
-            each, as GPTQModel has it; `none`: from left to right.
+            each, as GPTQModel has it; `none`: from left to right; `dynamic`: as `static`, and groups are formed in that
+            order, so that each tensor has a `g_idx`, which GPTQ's layout and compressed-tensors' pack-quantized carry.
+            With `static` ranges it is llm-compressor's `actorder=group`, with `stale` ones AutoGPTQ's desc_act.
         groups: On which weights the range of a group is found: `static`, the original ones; `current`, those at hand
             when its first column is rounded, as the paper says; `stale`, those at hand when the block of its first
             column begins, as the paper's code and GPTQModel have it (codes then depend on `block_size`).
@@ -184,6 +186,7 @@ def _split(tensor: QuantizedTensor, sizes: list[int]) -> list[QuantizedTensor]:
             tensor.scheme,
             (*codes.shape,),
             None if tensor.global_scale is None else tensor.global_scale.clone(),
+            None if tensor.g_idx is None else tensor.g_idx.clone(),
         )
         for codes, scale, zero in parts
     ]

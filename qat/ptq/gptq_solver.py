@@ -16,13 +16,13 @@ from qat.nn.observers.base import Observer
 from qat.numerics.affine import divisor, group, served
 from qat.numerics.granularity import PerGroup
 from qat.numerics.levels import code_dtype
-from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.qtensor import QuantizedTensor, as_g_idx
 from qat.numerics.scheme import Scheme
 
 MAX_DAMPING = 1.0
 NOT_FINITE = "the Hessian is not finite, or not one of real inputs"
 
-Order = Literal["none", "static", "group"]
+Order = Literal["none", "static", "group", "dynamic"]
 Groups = Literal["static", "current", "stale"]
 
 
@@ -34,7 +34,7 @@ def check(act_order: str, groups: str) -> None:
     if act_order == "static" and groups != "static":
         raise ValueError(
             f"groups={groups}: with act_order=static the columns of a group are taken at different times; "
-            f"use act_order=group, which takes whole groups, or act_order=none"
+            f"use act_order=group, which takes whole groups, act_order=dynamic, which makes them in that order, or none"
         )
 
 
@@ -121,7 +121,9 @@ def quantize_rows(
     if cross_II is not None and asymmetry and failure is None:
         rest = rest + asymmetry * rest @ unequal(cross_II[order][:, order], factor)
     found: dict[int, tuple[Tensor, Tensor | None]] = {}
-    places = [] if groups == "static" else order.tolist()  # a GPU's host waits for them
+    dynamic = act_order == "dynamic"
+    members = torch.arange(width, device=order.device) if dynamic else order  # group of each column, times `size`
+    places = [] if groups == "static" else members.tolist()  # a GPU's host waits for them
     s_OI, z_OI = torch.empty_like(rest), None if scheme.symmetric else torch.empty_like(rest)
 
     def find(index: int, part: Tensor, place: Tensor | slice) -> None:
@@ -132,7 +134,7 @@ def quantize_rows(
             z_OI[:, place] = spread(zero, part)
 
     if groups == "static":
-        find(0, weight, order.argsort())
+        find(0, weight[:, order] if dynamic else weight, members.argsort())
     codes = torch.empty(weight.shape, dtype=code_dtype(scheme.grid), device=weight.device)
     losses = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     for now in blocks(width, block_size, size if groups == "current" else None):
@@ -148,7 +150,8 @@ def quantize_rows(
     restored = torch.empty_like(codes)
     restored[:, order] = codes
     scale, zero_point = joined([found[index] for index in sorted(found)])
-    tensor = QuantizedTensor(restored, scale, zero_point, scheme, tuple(weight.shape), g)
+    g_idx = as_g_idx(order.argsort() // size, width // size) if dynamic else None
+    tensor = QuantizedTensor(restored, scale, zero_point, scheme, tuple(weight.shape), g, g_idx)
     return tensor, losses, {"damping": used, "fallback": failure}
 
 
@@ -169,11 +172,12 @@ def column_order(diagonal_I: Tensor, act_order: Order, size: int) -> Tensor:
     """Places of the columns in the order in which they are taken.
 
     `static` goes by activation energy; `group`, as GPTQModel's group-aware order, by the largest energy of a group and,
-    in a group, by energy: the columns of a group stay together. Neither needs a `g_idx` in the file.
+    in a group, by energy: the columns of a group stay together. Neither needs a `g_idx` in the file. `dynamic` takes
+    them as `static` does, and groups are of columns that are taken one after the other.
     """
     if act_order == "none":
         return torch.arange(len(diagonal_I))
-    if act_order == "static":
+    if act_order in ("static", "dynamic"):
         return diagonal_I.argsort(descending=True, stable=True)
     energy = diagonal_I.reshape(-1, size)
     within = energy.argsort(dim=1, descending=True, stable=True)

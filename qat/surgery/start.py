@@ -25,11 +25,16 @@ def start_from(student: nn.Module, changes: Changes) -> None:
         changes: What the method returned.
 
     Raises:
-        ValueError: The method changed a tensor that the model has not.
+        ValueError: The method changed a tensor that the model has not, or groups in-features that are not consecutive.
     """
     linears = fake_quants(student)
     if strays := sorted(set(changes.tensors) - set(linears)):
         raise ValueError(f"{strays[0]}: quantized by the method, but not by the recipe of the training")
+    if strays := [name for name, tensor in changes.tensors.items() if tensor.g_idx is not None]:
+        raise ValueError(
+            f"{strays[0]}: has a g_idx, but training's groups are of consecutive in-features; start from "
+            f"act_order=group or static"
+        )
     for name, tensor in changes.tensors.items():
         linears[name].weight.copy_(tensor.dequantize(torch.float32))
         linears[name].weight_fake_quant.take(tensor.scale, tensor.zero_point, tensor.global_scale)

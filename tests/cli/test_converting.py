@@ -76,6 +76,22 @@ def test_zero_points_survive(tmp_path):
             assert torch.equal(open_checkpoint(tmp_path / name).tensors[module].zero_point, tensor.zero_point)
 
 
+def test_a_g_idx_survives_where_the_format_carries_it(tmp_path):
+    export(tmp_path / "ct", 4, symmetric=False, scatter=True)
+    assert convert(tmp_path / "ct", "gptq", tmp_path / "gptq", "cpu")["verified"]
+    assert convert(tmp_path / "gptq", "compressed_tensors", tmp_path / "back", "cpu")["verified"]
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "ct" / name).read_bytes(), name
+    for module, tensor in open_checkpoint(tmp_path / "ct").tensors.items():
+        assert torch.equal(open_checkpoint(tmp_path / "gptq").tensors[module].g_idx, tensor.g_idx)
+    for name in ("awq", "gguf"):
+        with pytest.raises(ValueError, match=rf"^model\.\S+: .* g_idx, which {name} cannot carry\. Use format=gptq"):
+            convert(tmp_path / "ct", name, tmp_path / "out", "cpu")
+    with pytest.raises(ValueError, match=r"^model\.\S+ .*: export\.target=transformers decodes with .* no g_idx since"):
+        convert(tmp_path / "gptq", "compressed_tensors", tmp_path / "out", "cpu", "transformers")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_certificate_it_says_what_cannot_be_verified(tmp_path):
     export(tmp_path / "ct", certified=False)
     (tmp_path / "ct" / "verify.json").unlink()

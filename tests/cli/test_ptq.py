@@ -56,6 +56,19 @@ def test_another_format_is_written_read_back_and_verified(finish, name):
     assert abs(arm["bytes"] - weights.stat().st_size) < (1 if name == "awq" else 4096)  # another header
 
 
+def test_dynamic_groups_are_verified_and_exported_where_they_are_carried(finish, tmp_path, capsys):
+    run = finish("ptq", "method=gptq", "method.act_order=dynamic", "format=gptq")
+    assert summary(run)["export"]["verified"]
+    assert json.loads((run.path / "export/gptq/config.json").read_text())["quantization_config"]["desc_act"]
+    again = ("export", f"runs={run.runs}", f"out={tmp_path / 'out'}")
+    assert main([*again, "format=compressed_tensors"]) == 0
+    assert "other loaders decode the same weights, difference 0: not checked" in capsys.readouterr().out
+    assert main([*again, "format=awq"]) == 1
+    said = capsys.readouterr()
+    assert "arm=gptq: dynamic needs a g_idx, which format=awq cannot carry; use group or static" in said.err
+    assert "block" not in said.out
+
+
 def test_what_a_format_cannot_say_is_refused_before_anything_is_loaded(root, capsys):
     more = ("format=awq", "recipe.rules.linears.weight.grid.bits=3")
     assert main(arguments(root, "ptq", "method=rtn", *more)) == 2

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,7 +11,9 @@ from qat.numerics.kv import KINDS
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
 
+DYNAMIC = {"_target_": "qat.ptq.gptq.gptq", "act_order": "dynamic"}
 GOOD = Scheme(IntGrid(4), PerGroup(16))
+TOKEN = Scheme(IntGrid(8), PerToken(), dynamic=True)
 
 
 def said(config, recipe=None):
@@ -74,6 +77,19 @@ def said(config, recipe=None):
             {"schedule": {"winq": {"every": 5, "alpha": 0.5}}, "optim": {"train": "scales"}},
             "schedule.winq: optim.train=scales trains no masters",
         ),
+        (
+            {"method": DYNAMIC, "format": {"name": "awq"}},
+            "method.act_order: dynamic needs a g_idx, which format=awq cannot carry; use group or static, or format=",
+        ),
+        ({"arms": {"x": DYNAMIC}, "format": {"name": "gguf"}}, "arms.x.act_order: dynamic needs a g_idx, which"),
+        (
+            {"method": {"_target_": "qat.ptq.rotate.rotate", "then": DYNAMIC}, "format": {"name": "gguf"}},
+            "method.then.act_order: dynamic needs a g_idx, which format=gguf cannot carry",
+        ),
+        (
+            {"init": {"method": DYNAMIC}, "format": {"name": "none"}},
+            "init.method.act_order: training's groups are of consecutive in-features, and dynamic ones are not; use g",
+        ),
         ({"arms": {"fp": {}}}, "arms.fp: every comparison has an arm of this name"),
         ({"arms": {"a/b": {}}}, "arms.a/b: an arm's name"),
         ({"arms": {"x": {"_target_": "qat.nn.estimators.LSQ"}}}, "arms.x._target_: qat.nn.estimators.LSQ is no PTQ"),
@@ -89,6 +105,7 @@ def test_what_contradicts_is_said(config, words):
     [
         {"schedule": {"start": 0, "freeze": 10}, "trainer": {"max_steps": 10}, "estimator": {"_target_": "x.Clipped"}},
         {"arms": {"gptq_g32": {"_target_": "qat.ptq.gptq.gptq"}}},
+        *({"method": DYNAMIC, "format": {"name": name}} for name in ("gptq", "compressed_tensors", "none")),
         {"arms": {"blockap": {"_target_": "qat.training.blockwise.blockwise"}}},
         {"init": {"method": None}, "optim": {"train": "all"}, "schedule": {"start": 0, "freeze": 2}},
         {"schedule": {"start": "a", "freeze": None}, "optim": {"betas": 1}, "arms": 3},  # others' business
@@ -96,6 +113,14 @@ def test_what_contradicts_is_said(config, words):
 )
 def test_what_fits_or_is_broken_otherwise_passes(config):
     assert said(config) == []
+
+
+@pytest.mark.parametrize(("rule", "count"), [(Rule("x", GOOD), 0), (Rule("x", Scheme(IntGrid(8), PerChannel())), 0),
+                                             (Rule("x", replace(GOOD, grid=IntGrid(8)), TOKEN), 1)])  # fmt: skip
+def test_a_g_idx_stands_beside_packed_integers_alone(rule, count):
+    found = said({"method": DYNAMIC, "format": {"name": "compressed_tensors"}}, Recipe({"all": rule}))
+    assert len(found) == count
+    assert all("in pack-quantized alone, and recipe.rules.all is not; use group or static" in text for text in found)
 
 
 def test_the_schedule_says_the_same():

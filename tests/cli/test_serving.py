@@ -48,6 +48,21 @@ def test_each_rule_is_refused_once_and_by_its_first_layer(model):
     assert "not 576 x 960 (with what is fused)" in text
 
 
+def test_groups_of_in_features_here_and_there_are_refused_where_they_are_not_read(model):
+    dynamic = (*model, "method=gptq", "method.act_order=dynamic")
+    assert said(*dynamic, verb="ptq") == []
+    (text,) = said(*dynamic, "export.target=transformers", verb="ptq")
+    assert text.startswith("recipe.rules.linears.weight.granularity: model.layers.0.self_attn.q_proj [576, 576] as int")
+    assert "no g_idx since 0.19; use act_order=group or static, or format=gptq" in text
+    assert said(*dynamic, "export.target=transformers", "format=gptq", "recipe=w4a16_g64", verb="ptq") == []
+    (text,) = said(*dynamic, "export.target=vllm", verb="ptq")
+    assert "export.target=vllm has Marlin for in-features in multiples of 128" in text
+    assert "or use act_order=group" in text
+    (text,) = said(*dynamic, "format=awq", verb="ptq")
+    assert text.startswith("method.act_order: dynamic needs a g_idx, which format=awq cannot carry")
+    assert said(*model, "arms.gptq.act_order=dynamic", "export.target=vllm") == []  # the trained arm is exported
+
+
 def test_formats_and_caches(model):
     (text,) = said(*model, "export.target=llamacpp")
     assert text == "format.name: export.target=llamacpp does not read format=compressed_tensors; use format=gguf"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import scattered
 from transformers import AutoConfig
 
 from qat.engine.layers import Concatenated, Linear
@@ -114,6 +115,23 @@ def test_linears_are_fused_where_input_and_divisor_are_one(
     graph, x = apply(model, tensors, folded, recipe=Recipe(rules)), torch.randn(3, 64)
     expected = [graph.get_submodule(name)(x) for name in tensors]
     torch.testing.assert_close(layer(x), torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize(("seeds", "kind"), [((1, 1, 1), PackedLinear), ((1, 1, 2), Concatenated)])
+def test_linears_are_fused_where_their_groups_are_of_the_same_in_features(
+    saved: Callable, tmp_path: Path, seeds: tuple[int, ...], kind: type
+) -> None:
+    model, tensors = copy.deepcopy(saved("qwen2").model), {}
+    for part, seed in zip(QKV, seeds, strict=True):
+        w = model.get_submodule(f"{NAME}.{part}").weight.data
+        packed = QuantizedTensor(*rtn(w, W4, torch.bfloat16), W4, tuple(w.shape))
+        tensors[f"{NAME}.{part}"] = scattered(packed, seed)
+    rules = Recipe({"qkv": Rule("|".join(tensors).replace(".", r"\."), W4)})
+    compressed_tensors.save(tmp_path / "packed", model, rules, tensors, {}, None)
+    layer, x = opened(tmp_path / "packed").linear(NAME, QKV, 64, bias=True), torch.randn(3, 64)
+    assert type(layer) is kind
+    graph = apply(model, tensors, {})
+    torch.testing.assert_close(layer(x), torch.cat([graph.get_submodule(name)(x) for name in tensors], -1))
 
 
 def test_faster_layouts_stay_within_what_is_spare(saved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,23 @@ def test_a_true_export_in_every_format_is_verified(tmp_path, format, bits, symme
     assert all("GPTQ's layout" in text for text in certificate["unchecked"])
 
 
+@pytest.mark.parametrize("format", ["gptq", "compressed_tensors"])
+def test_a_true_export_with_a_g_idx_is_verified_and_its_groups_are_bound(tmp_path, format):
+    export(tmp_path / "m", 3, False, format=format, scatter=True)
+    certificate = verify(tmp_path / "m")
+    assert {k: c["passed"] for k, c in certificate["checks"].items() if not c["passed"]} == {}
+    assert certificate["verified"]
+    assert certificate["checks"]["engine"]["greedy_equal"] == 3
+    foreign = {"compressed_tensors_in_order"} if format == "compressed_tensors" else set()
+    assert set(certificate["checks"]) == {"tensors", "files", "engine", "fast_path"} | foreign
+    (said,) = certificate["unchecked"]
+    assert ("no library here" if format == "gptq" else "no actorder=group since 0.19") in said
+    name = f"{Q}.{'g_idx' if format == 'gptq' else 'weight_g_idx'}"
+    edit(tmp_path / "m", lambda tensors: tensors.update({name: tensors[name].roll(1)}))
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {Q}\.g_idx is not what verify\.json certifies"):
+        verify(tmp_path / "m")
+
+
 @pytest.mark.parametrize(
     ("format", "part", "named"),
     [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, embedded, recipe, scheme, tiny
+from tiny import byte_tokenizer, embedded, recipe, scattered, scheme, tiny
 from tiny_grids import MIXED, RECIPES
 
 from qat.formats import compressed_tensors as ct
@@ -49,7 +49,7 @@ def save(path, rules, **kwargs):
 
 
 def same(a, b):
-    parts = [(getattr(a, p), getattr(b, p)) for p in ("codes", "scale", "zero_point", "global_scale")]
+    parts = [(getattr(a, p), getattr(b, p)) for p in ("codes", "scale", "zero_point", "global_scale", "g_idx")]
     return a.scheme == b.scheme and all(x is y is None or equal(x, y) for x, y in parts)
 
 
@@ -70,6 +70,42 @@ def test_law_f_round_trip_and_the_library_decodes_the_same(tmp_path, s):
         assert same(checkpoint.tensors[name], tensor)
         assert checkpoint.recipe.rule_for(name)[1].weight == s
     assert library(checkpoint)["max_abs_diff"] == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_law_f_round_trip_with_a_g_idx(tmp_path, bits, symmetric):
+    """One module of a scheme has a g_idx, so all of that scheme do; of another scheme none does."""
+    from qat.evaluation.foreign import library
+
+    grouped = scheme(bits, symmetric=symmetric)
+    rules = Recipe({"all": Rule(".*_proj", grouped), "o": Rule(".*o_proj", Scheme(IntGrid(8), PerChannel()))})
+    model = tiny()
+    changes = rtn_method(model, rules, [], observer=MinMax())
+    changes.tensors = {n: scattered(t) if "mlp" in n else t for n, t in changes.tensors.items()}
+    ct.save(tmp_path / "m", model, rules, changes.tensors, {}, None)
+    checkpoint = ct.load(tmp_path / "m")
+    assert all(same(checkpoint.tensors[name], tensor) for name, tensor in changes.tensors.items())
+    assert library(checkpoint)["max_abs_diff"] == 0
+    groups = checkpoint.config["quantization_config"]["config_groups"].values()
+    assert {g["weights"]["strategy"]: g["weights"]["actorder"] for g in groups} == {"group": "group", "channel": None}
+    stored = {name.rpartition(".")[0] for name in checkpoint.files if name.endswith("weight_g_idx")}
+    assert stored == {name for name in changes.tensors if "o_proj" not in name}
+    raw = load_file(tmp_path / "m" / "model.safetensors")
+    assert raw[f"{Q}.weight_g_idx"].tolist() == [0] * 32 + [1] * 32
+    assert torch.equal(raw["model.layers.0.mlp.up_proj.weight_g_idx"], scattered(changes.tensors[Q]).g_idx)
+
+
+def test_a_g_idx_is_of_packed_integers_alone(tmp_path):
+    rules = RECIPES["w4a8"]
+    changes = rtn_method(tiny(), rules, [], observer=MinMax())
+    tensors = {name: scattered(tensor) for name, tensor in changes.tensors.items()}
+    ct.save(tmp_path / "m", tiny(), rules, tensors, {}, None)
+    assert all(same(ct.load(tmp_path / "m").tensors[name], tensor) for name, tensor in tensors.items())
+    eight = Recipe({"all": replace(next(iter(rules.rules.values())), weight=scheme(8))})
+    tensors = {n: scattered(t) for n, t in rtn_method(tiny(), eight, [], observer=MinMax()).tensors.items()}
+    with pytest.raises(ValueError, match=r"^model\.\S+: compressed-tensors has a g_idx in pack-quantized alone"):
+        ct.save(tmp_path / "n", tiny(), eight, tensors, {}, None)
 
 
 def exact(checkpoint, rules, changes):
@@ -347,6 +383,9 @@ def put(name, value):
         (reconfigured(num_bits=9), "bits=9"),
         (reconfigured(type="float"), "group_0: weights: symmetric=false with grid e2m1"),
         (reconfigured(strategy="block"), "strategy 'block'; expected group, tensor_group, channel"),
+        (reconfigured(actorder="group"), r"tensor .*weight_g_idx is missing"),
+        (reconfigured(actorder="up"), "group_0: actorder 'up' in 'pack-quantized'; this reader serves 'group'"),
+        (put(f"{Q}.weight_g_idx", lambda t: torch.arange(64)), r"tensor .*weight_g_idx belongs to no module"),
         (reconfigured(config_groups={}), "no config group speaks of the packed module"),
     ],
 )

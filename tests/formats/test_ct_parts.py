@@ -1,5 +1,7 @@
 """The bytes of every sub-format: golden, the library's own, and read back only where they can be right."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -49,6 +51,24 @@ def test_golden_bytes():
     assert pack_tensor(tensor)["weight_packed"].item() & 0xFFFFFFFF == 0xFE543210
     assert "weight_zero_point" not in pack_tensor(tensor)
     assert pack_tensor(tensor, packed=False)["weight"].tolist() == codes.tolist()
+
+
+def test_golden_bytes_of_a_g_idx():
+    """The group of in-feature i at place i; one that was never set is the library's -1."""
+    tensor = random(Scheme(IntGrid(4), PerGroup(2)), (1, 4))
+    scattered = replace(tensor, g_idx=torch.tensor([1, 0, 1, 0], dtype=torch.int32))
+    parts = pack_tensor(scattered, reordered=True)
+    assert parts["weight_g_idx"].numpy().tobytes() == bytes([1, 0, 0, 0, 0, 0, 0, 0] * 2)
+    assert torch.equal(unpack_tensor("m", parts, tensor.scheme).g_idx, scattered.g_idx)
+    assert pack_tensor(tensor, reordered=True)["weight_g_idx"].tolist() == [0, 0, 1, 1]
+    for places in ([0, 0, 1, 1], [-1] * 4):
+        parts["weight_g_idx"] = torch.tensor(places, dtype=torch.int32)
+        assert unpack_tensor("m", parts, tensor.scheme).g_idx is None
+    for places, message in ((torch.tensor([1, 0, 1, 1]).int(), "each of 2 groups as often"), (torch.ones(4), "int32")):
+        with pytest.raises(ValueError, match=rf"^m\.weight_g_idx.*{message}"):
+            unpack_tensor("m", parts | {"weight_g_idx": places}, tensor.scheme)
+    with pytest.raises(AssertionError, match="nothing would say"):
+        pack_tensor(scattered)
 
 
 def test_golden_bytes_of_nvfp4():

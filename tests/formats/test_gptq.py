@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, recipe, scheme, tiny
+from tiny import byte_tokenizer, recipe, scattered, scheme, tiny
 
 from qat.formats import gptq
 from qat.formats.base import file_bytes
@@ -36,9 +37,11 @@ def quantized(s, shape=(64, 96), dtype=BF16):
     return QuantizedTensor(codes, scale, zero, s, shape)
 
 
-def save(path, rules, dtype=BF16, **kwargs):
+def save(path, rules, dtype=BF16, scatter=False, **kwargs):
     model = tiny(**kwargs)
     changes = rtn_method(model, rules, [], observer=MinMax(), dtype=dtype)
+    if scatter:
+        changes.tensors = {name: scattered(tensor) for name, tensor in changes.tensors.items()}
     gptq.save(path, model, rules, changes.tensors, changes.folded, byte_tokenizer(), dtype)
     return changes
 
@@ -46,7 +49,8 @@ def save(path, rules, dtype=BF16, **kwargs):
 def same(a, b):
     zero = a.zero_point is None if b.zero_point is None else torch.equal(a.zero_point, b.zero_point)
     scale = a.scale.dtype == b.scale.dtype and torch.equal(a.scale, b.scale)
-    return torch.equal(a.codes, b.codes) and scale and zero and a.scheme == b.scheme
+    places = a.g_idx is b.g_idx is None or torch.equal(a.g_idx, b.g_idx)
+    return torch.equal(a.codes, b.codes) and scale and zero and places and a.scheme == b.scheme
 
 
 def decoded(parts, bits, v1):
@@ -76,6 +80,33 @@ def test_tensors_come_back_and_the_layouts_own_formula_decodes_them(s, shape):
     }
     assert same(gptq.unpack_tensor(Q, parts, s, version, BF16), tensor)
     assert torch.equal(decoded(parts, s.grid.bits, s.symmetric), tensor.dequantize(torch.float32))
+    if groups > 1:  # the same, with groups of in-features here and there
+        tensor = scattered(tensor)
+        parts = gptq.pack_tensor(Q, tensor, version)
+        assert same(gptq.unpack_tensor(Q, parts, s, version, BF16), tensor)
+        assert torch.equal(decoded(parts, s.grid.bits, s.symmetric), tensor.dequantize(torch.float32))
+
+
+def test_golden_g_idx(tmp_path):
+    """The group of in-feature i at place i, and the word without which vLLM would pass over it."""
+    places = torch.tensor([1, 0, 0, 1] * 8, dtype=torch.int32)
+    one = replace(quantized(Scheme(IntGrid(4), PerGroup(16)), (32, 32)), g_idx=places)
+    g_idx = gptq.pack_tensor(Q, one, gptq.V1)["g_idx"]
+    assert g_idx.numpy().tobytes() == bytes([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0] * 8)
+    assert gptq.pack_tensor(Q, replace(one, g_idx=None), gptq.V1)["g_idx"].tolist() == [0] * 16 + [1] * 16
+    assert gptq.quantization_config({Q: one}, [Q], BF16)["desc_act"] is True
+    assert gptq.quantization_config({Q: replace(one, g_idx=None)}, [Q], BF16)["desc_act"] is False
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_law_f_round_trip_with_a_g_idx(tmp_path, symmetric):
+    changes = save(tmp_path / "m", recipe(4, symmetric=symmetric), scatter=True)
+    checkpoint = gptq.load(tmp_path / "m")
+    assert all(same(checkpoint.tensors[name], tensor) for name, tensor in changes.tensors.items())
+    assert all(tensor.g_idx is not None for tensor in checkpoint.tensors.values())
+    say(desc_act=False)(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"config\.json: \S+\.g_idx puts in-features .* desc_act is false, .*set it"):
+        dict(gptq.load(tmp_path / "m").tensors)
 
 
 @pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
@@ -272,7 +303,9 @@ DAMAGE = [
     (put(f"{Q}.scales", lambda t: t * torch.nan), rf"{Q}: a scale is zero, negative or not finite"),
     (put(f"{Q}.scales", lambda t: t.view(torch.int16)), rf"{Q}: a scale is zero"),
     (put(f"{Q}.scales", lambda t: t + 2.0**-14), rf"{Q}: .* none that torch\.bfloat16 holds"),
-    (put(f"{Q}.g_idx", lambda t: t.flip(0)), rf"{Q}\.g_idx: in-features are not in the order of their groups"),
+    (put(f"{Q}.g_idx", lambda t: t.flip(0)), rf"{Q}\.g_idx puts in-features into groups in another order"),
+    (put(f"{Q}.g_idx", lambda t: t * 0), rf"{Q}\.g_idx torch.int32 \(64,\): .* each of 2 groups as often"),
+    (put(f"{Q}.g_idx", lambda t: t + 1), rf"{Q}\.g_idx torch.int32 \(64,\): .* each of 2 groups as often"),
     (say(quant_method="awq"), "quantized by 'awq'; this reader serves gptq"),
     (say(checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
     (say(pack_dtype="int16"), "pack_dtype 'int16'"),

@@ -119,6 +119,37 @@ def test_sglang_pads_nothing():
         assert one("vllm", ints(size=32), shape).kernel == "Marlin"
 
 
+def test_nothing_pads_under_a_g_idx():
+    """Machete takes it on one GPU, Exllama in fp16; Marlin where its tiles are full; by channel no group is."""
+
+    def layer(shape, **weight):
+        return [Layer("model.layers.0.mlp.down_proj", shape, ints(**weight), g_idx=True)]
+
+    assert verdicts("vllm", CT, layer((128, 256)), "bfloat16")[0].kernel == "Machete (Hopper) or Marlin"
+    assert verdicts("vllm", CT, layer((128, 192)), "bfloat16")[0].kernel == "Machete (Hopper)"
+    assert verdicts("vllm", CT, layer((96, 192), size=32), "float16")[0].kernel == "Exllama"
+    refused = verdicts("vllm", "gptq", layer((576, 576)), "bfloat16")[0]
+    assert (refused.part, refused.kernel) == ("match", "")
+    assert "not 576 x 576" in refused.refused
+    assert "weight=null, or use act_order=group" in refused.refused
+    assert verdicts("vllm", CT, layer((576, 576), size=-1), "bfloat16")[0].kernel == "Marlin"
+
+
+def test_transformers_reads_a_g_idx_in_gptqs_layout_alone():
+    layers = [Layer("model.layers.0.mlp.down_proj", (128, 256), ints(), g_idx=True)]
+    assert verdicts("transformers", "gptq", layers, "bfloat16")[0].kernel == "GPTQModel"
+    (verdict,) = verdicts("transformers", CT, layers, "bfloat16")
+    assert "has no g_idx since 0.19; use act_order=group or static, or format=gptq" in verdict.refused
+
+
+def test_the_library_still_has_no_g_idx():
+    """What `export.target=transformers` and the certificate say of it."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    with pytest.raises(ValueError, match="actorder='group' has been removed"):
+        QuantizationArgs(num_bits=4, strategy="group", group_size=32, actorder="group")
+
+
 def test_sizes_are_those_of_what_is_multiplied_as_one():
     """q, k and v of 32 rows each: no kernel of SGLang's takes one, and it takes all, together 128 rows."""
     names = {"q_proj": 64, "k_proj": 32, "v_proj": 32}

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from tiny import recipe, scattered, tiny
 
+from qat.engine.loader import FORMATS
 from qat.formats.weight_only import from_half, in_half
+from qat.nn.observers.minmax import MinMax
+from qat.ptq.rtn import rtn
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -16,3 +20,12 @@ def test_scales_in_half_come_back_or_are_refused(dtype):
             from_half(torch.tensor([1.0, bad], dtype=torch.float16), dtype)
     with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
         from_half(torch.ones(2, dtype=torch.int16), dtype)
+
+
+@pytest.mark.parametrize("name", ["awq", "gguf"])
+def test_a_g_idx_is_refused_by_module_and_fix(name):
+    tensors = rtn(tiny(), recipe(), [], observer=MinMax()).tensors
+    name_of_one = "model.layers.1.mlp.up_proj"
+    tensors[name_of_one] = scattered(tensors[name_of_one])
+    with pytest.raises(ValueError, match=rf"^{name_of_one}: .* g_idx, which {name} cannot carry\. Use format=gptq or"):
+        FORMATS[name].expressed(recipe(), tensors)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import scattered
 
 from qat.kernels.w4a16 import PackedWeight, Table
 from qat.nn.packed_embedding import PackedEmbedding
@@ -57,3 +58,8 @@ def test_it_holds_nothing_beside_its_linear() -> None:
     assert list(embedding.modules()) == [embedding, linear]
     assert not list(embedding.parameters())
     assert not list(embedding.buffers())
+
+
+def test_a_table_with_a_g_idx_is_refused() -> None:
+    with pytest.raises(ValueError, match="a table with a g_idx is not served"):
+        PackedEmbedding(PackedLinear(scattered(quantized(4, PerGroup(32)))))

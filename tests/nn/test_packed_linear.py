@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import scattered
 
 from qat.nn.packed_linear import PackedLinear
 from qat.nn.quantized_input import QuantizedInput
@@ -28,6 +29,26 @@ def test_is_linear_by_the_dequantized_tensor(bits: int) -> None:
     torch.testing.assert_close(layer(x), expected)
     layer.specialize(spare=1 << 20)
     assert float((layer(x) - expected).abs().max()) < 0.05 * float(expected.abs().max())
+
+
+def test_a_g_idx_reorders_the_input() -> None:
+    """The reference and every faster layout serve it; in memory it is what it is in the file."""
+    tensor, bias = scattered(quantized(48, 64, 4)), torch.randn(48)
+    x = torch.randn(2, 3, 64)
+    expected = F.linear(x, tensor.dequantize(torch.float32), bias)
+    layer = PackedLinear(tensor, bias)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.nbytes * 8 == tensor.bits + 48 * 32
+    assert float((PackedLinear(tensor.in_order(), bias)(x) - expected).abs().max()) > 0.1
+    input = QuantizedInput(Scheme(IntGrid(8), PerTensor()), torch.tensor([0.05]))
+    torch.testing.assert_close(
+        PackedLinear(tensor, bias, input)(x), F.linear(input(x), tensor.dequantize(torch.float32), bias)
+    )
+    layer.specialize(spare=1 << 20)
+    assert float((layer(x) - expected).abs().max()) < 0.05 * float(expected.abs().max())
+    moved = PackedLinear(tensor).to("meta").order
+    assert moved is not None
+    assert moved.device.type == "meta"
 
 
 def test_rounds_its_input_first() -> None:

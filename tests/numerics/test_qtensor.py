@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tiny import scheme
+from tiny import scattered, scheme
 
 from qat.numerics.affine import rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
 from qat.numerics.grid import IntGrid
-from qat.numerics.qtensor import QuantizedTensor, regrouped
+from qat.numerics.qtensor import QuantizedTensor, as_g_idx, consecutive, regrouped
 from qat.numerics.scheme import Scheme
 
 
@@ -38,6 +38,13 @@ def test_to_keeps_every_part():
         ({"codes": torch.zeros(8, 63, dtype=torch.int8)}, "expected int8"),
         ({"scale": torch.ones(8, 3)}, "scale of shape"),
         ({"zero_point": torch.zeros(8, 2, dtype=torch.int8)}, "symmetric=True but zero_point is Tensor"),
+        (
+            {"g_idx": torch.arange(64) // 32},
+            r"g_idx torch.int64 \(64,\): expected int32 \[64\], each of 2 groups as often",
+        ),
+        ({"g_idx": consecutive(32, 2)}, r"g_idx torch.int32 \(32,\)"),
+        ({"g_idx": torch.zeros(64, dtype=torch.int32)}, "each of 2 groups as often"),
+        ({"g_idx": consecutive(64, 2) - 1}, "each of 2 groups as often"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, message):
@@ -59,3 +66,30 @@ def test_smaller_groups_have_the_same_values(granularity, symmetric):
     assert torch.equal(found.dequantize(torch.float32), tensor.dequantize(torch.float32))
     with pytest.raises(ValueError, match="groups of 128 do not divide those of"):
         regrouped(found, PerGroup(128))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "size", "shape"), [(4, 32, (8, 64)), (3, 16, (5, 80)), (2, 8, (1, 8)), (8, 1, (3, 7))]
+)
+def test_a_g_idx_says_whose_scale_each_in_feature_has(bits, size, shape, symmetric):
+    """Element by element: W[o, i] = (q[o, i] - z[o, g_idx[i]]) * s[o, g_idx[i]], rounded once."""
+    s = Scheme(IntGrid(bits), PerGroup(size), symmetric)
+    tensor = scattered(QuantizedTensor(*rtn(torch.randn(shape), s, torch.bfloat16), s, shape), seed=bits)
+    zero = torch.zeros_like(tensor.scale) if symmetric else tensor.zero_point
+    places = tensor.g_idx.long()
+    exact = (tensor.codes.float() - zero[:, places].float()) * tensor.scale[:, places].float()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(tensor.dequantize(dtype), exact.to(dtype))
+    ordered = tensor.in_order()
+    assert ordered.g_idx is None
+    assert torch.equal(ordered.dequantize(torch.float32), exact[:, tensor.order])
+    assert torch.equal(tensor.g_idx[tensor.order], consecutive(shape[1], shape[1] // size))
+    assert tensor.bits == ordered.bits + 32 * shape[1]
+
+
+def test_consecutive_groups_have_no_g_idx():
+    assert as_g_idx(torch.arange(64) // 32, 2) is None
+    assert as_g_idx((torch.arange(64) // 32).flip(0), 2).dtype == torch.int32
+    assert make().order is None
+    assert make().in_order().g_idx is None

@@ -25,8 +25,26 @@ from qat.surgery.convert import apply
 def test_columns_of_a_group_that_are_taken_apart_have_no_current_range():
     with pytest.raises(ValueError, match=r"groups=current: with act_order=static .* act_order=group"):
         gptq(tiny(), recipe(), [], observer=MinMax(), groups="current")
-    with pytest.raises(ValueError, match=r"act_order=dynamic: one of none, static, group"):
-        gptq(tiny(), recipe(), [], observer=MinMax(), act_order="dynamic")
+    with pytest.raises(ValueError, match=r"act_order=weight: one of none, static, group, dynamic"):
+        gptq(tiny(), recipe(), [], observer=MinMax(), act_order="weight")
+
+
+def test_dynamic_groups_are_those_of_the_input_and_their_weights_are_closer():
+    """Linears of one input have one g_idx; at 3 bits the output is better kept than by consecutive groups' ranges."""
+    model, batches = tiny(), list(torch.randint(0, 256, (4, 24)).split(2))
+    changes = gptq(model, recipe(3), batches, observer=MinMax(), act_order="dynamic", groups="current")
+    places = {name: tensor.g_idx for name, tensor in changes.tensors.items()}
+    assert len(places) == 14
+    assert all(torch.equal(g_idx.sort().values, torch.arange(len(g_idx)) // 32) for g_idx in places.values())
+    attention = [places[f"model.layers.1.self_attn.{part}_proj"] for part in "qkvo"]
+    assert torch.equal(attention[0], attention[1])
+    assert torch.equal(attention[0], attention[2])
+    assert not torch.equal(attention[0], attention[3])
+    storages = {g_idx.data_ptr() for g_idx in places.values()}
+    assert len(storages) == 14  # each can be saved
+    nearest = apply(model, rtn(model, recipe(3), [], observer=MinMax()).tensors, {})
+    full, one, other = (m(input_ids=batches[0]).logits for m in (model, apply(model, changes.tensors, {}), nearest))
+    assert (one - full).square().mean() < (other - full).square().mean()
 
 
 def test_on_a_model_every_linear_is_done_and_the_model_is_left_alone():

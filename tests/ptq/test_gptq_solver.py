@@ -12,6 +12,7 @@ from qat.nn.observers.mse import MSE
 from qat.numerics.affine import qparams, quantize, ranges
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
 from qat.numerics.grid import IntGrid
+from qat.numerics.qtensor import consecutive
 from qat.numerics.scheme import Scheme
 from qat.ptq.gptq_solver import (
     accumulate_cross,
@@ -74,18 +75,26 @@ def naive(weight, hessian, scheme, order, current=False, damping=0.01):
     return codes, result, scale
 
 
-@pytest.mark.parametrize("act_order", ["none", "static", "group"])
+@pytest.mark.parametrize("act_order", ["none", "static", "group", "dynamic"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_equals_optimal_brain_quantization(scheme, act_order):
     """In fp64, to the last code."""
     weight, _, hessian = problem(dtype=torch.float64)
     size = scheme.granularity.group_size if isinstance(scheme.granularity, PerGroup) else 64
-    order = column_order(hessian.diagonal(), act_order, size).tolist()
+    order = column_order(hessian.diagonal(), act_order, size)
+    back = order.argsort()
     for groups in ("static", "current") if isinstance(scheme.granularity, PerGroup) else ("static",):
         if (act_order, groups) == ("static", "current"):
             continue
         tensor, row = quantize_weight(weight, hessian, scheme, observer=MinMax(), act_order=act_order, groups=groups)
-        codes, result, scale = naive(weight, hessian, scheme, order, groups == "current")
+        if act_order == "dynamic":  # groups are of the columns of a weight that was permuted first
+            permuted = weight[:, order], hessian[order][:, order]
+            codes, result, scale = naive(*permuted, scheme, range(64), groups == "current")
+            codes, result = codes[:, back], result[:, back]
+            assert torch.equal(back // size, consecutive(64, 64 // size) if tensor.g_idx is None else tensor.g_idx)
+        else:
+            codes, result, scale = naive(weight, hessian, scheme, order.tolist(), groups == "current")
+            assert tensor.g_idx is None
         assert torch.equal(tensor.codes, codes)
         assert torch.equal(tensor.scale, scale)
         assert float((tensor.dequantize(torch.float32).double() - result).abs().max()) <= 1e-9 * float(
@@ -94,11 +103,12 @@ def test_equals_optimal_brain_quantization(scheme, act_order):
         assert row["fallback"] is None
 
 
-@pytest.mark.parametrize("groups", ["static", "current"])
+@pytest.mark.parametrize(
+    ("order", "groups"), [("static", "static"), ("group", "current"), ("dynamic", "static"), ("dynamic", "current")]
+)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_codes_do_not_depend_on_the_block_size(scheme, groups):
+def test_codes_do_not_depend_on_the_block_size(scheme, order, groups):
     weight, _, hessian = problem(dtype=torch.float64)
-    order = "static" if groups == "static" else "group"
     found = [
         quantize_weight(weight, hessian, scheme, observer=MinMax(), act_order=order, groups=groups, block_size=size)[0]
         for size in (1, 32, 128, 64, 23)
@@ -132,13 +142,14 @@ def test_the_group_aware_order_takes_whole_groups():
     assert column_order(diagonal, "none", 2).tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("act_order", ["none", "static", "group"])
+@pytest.mark.parametrize("act_order", ["none", "static", "group", "dynamic"])
 def test_loss_is_half_the_trace_of_dw_h_dw(act_order):
     weight, _, hessian = problem(dtype=torch.float64)
     tensor, row = quantize_weight(weight, hessian, SCHEMES[0], observer=MinMax(), act_order=act_order)
     damped = hessian + torch.eye(64, dtype=torch.float64) * row["damping"] * hessian.diagonal().mean()
-    scale = tensor.scale.double().unsqueeze(-1).expand(24, 2, 32).reshape(24, 64)
-    change = tensor.codes.double() * scale - weight
+    groups = consecutive(64, 2) if tensor.g_idx is None else tensor.g_idx
+    change = tensor.codes.double() * tensor.scale.double()[:, groups.long()] - weight
+    assert (tensor.g_idx is None) == (act_order != "dynamic")
     assert row["loss"] == pytest.approx(float(((change @ damped) * change).sum() / 2), rel=1e-12)
 
 
@@ -181,7 +192,7 @@ def test_equal_inputs_need_no_asymmetry():
     assert torch.equal(with_it.codes, quantize_weight(weight, hessian, scheme(3), observer=MinMax())[0].codes)
 
 
-@pytest.mark.parametrize("act_order", ["none", "static", "group"])
+@pytest.mark.parametrize("act_order", ["none", "static", "group", "dynamic"])
 @pytest.mark.parametrize("observer", [MinMax(), MSE(10)])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_law_c_white_inputs_give_rtn(scheme, act_order, observer):
@@ -191,6 +202,38 @@ def test_law_c_white_inputs_give_rtn(scheme, act_order, observer):
     scale, zero_point = observer.qparams(weight, scheme, torch.bfloat16)
     assert torch.equal(tensor.codes, quantize(weight, scale, zero_point, scheme.grid))
     assert torch.equal(tensor.scale, scale)
+    assert tensor.g_idx is None  # nothing tells columns apart, so they stay where they are
+
+
+@pytest.mark.parametrize("asymmetry", [0.0, 0.5])
+@pytest.mark.parametrize("groups", ["static", "current", "stale"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_dynamic_is_the_plain_algorithm_on_a_permuted_problem(scheme, groups, asymmetry):
+    """W and H permuted by activation energy, columns from left to right, and the codes put back."""
+    weight, _, _, hessian, cross = unequal_inputs()
+    order = hessian.diagonal().argsort(descending=True)
+    knobs = {"observer": MinMax(), "groups": groups, "block_size": 24, "asymmetry": asymmetry}
+    tensor, row = quantize_weight(weight, hessian, scheme, act_order="dynamic", cross_II=cross, **knobs)
+    moved = [m[order][:, order] for m in (hessian, cross)]
+    plain, plain_row = quantize_weight(weight[:, order], moved[0], scheme, act_order="none", cross_II=moved[1], **knobs)
+    assert torch.equal(tensor.codes[:, order], plain.codes)
+    assert torch.equal(tensor.scale, plain.scale)
+    assert scheme.symmetric or torch.equal(tensor.zero_point, plain.zero_point)
+    assert torch.equal(tensor.dequantize(torch.float32)[:, order], plain.dequantize(torch.float32))
+    assert row == plain_row
+
+
+@pytest.mark.parametrize("groups", ["static", "current"])
+@pytest.mark.parametrize(("bits", "size", "columns"), [(4, 32, 64), (3, 16, 96), (2, 8, 40), (8, 64, 64)])
+def test_dynamic_does_not_ask_where_an_in_feature_stands(bits, size, columns, groups):
+    weight, _, hessian = problem(columns=columns, seed=bits, dtype=torch.float64)
+    permutation, s = torch.randperm(columns), Scheme(IntGrid(bits), PerGroup(size), symmetric=bits % 2 == 0)
+    knobs = {"observer": MinMax(), "act_order": "dynamic", "groups": groups}
+    tensor, _ = quantize_weight(weight, hessian, s, **knobs)
+    moved, _ = quantize_weight(weight[:, permutation], hessian[permutation][:, permutation], s, **knobs)
+    assert torch.equal(moved.codes, tensor.codes[:, permutation])
+    assert torch.equal(moved.scale, tensor.scale)
+    assert torch.equal(moved.dequantize(torch.float32), tensor.dequantize(torch.float32)[:, permutation])
 
 
 def test_keeps_the_output_better_than_rtn():

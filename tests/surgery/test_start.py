@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import embedded, recipe, scheme, tiny
+from tiny import embedded, recipe, scattered, scheme, tiny
 from tiny_grids import OTHERS
 
 from qat.nn.estimators import LSQ, Clipped, EfficientQAT
@@ -136,4 +136,13 @@ def test_changes_of_something_else_are_refused(part, name):
     student = tiny()
     prepare(student, rules, MinMax(), LSQ())
     with pytest.raises(ValueError, match=f"^{name}: "):
+        start_from(student, changes)
+
+
+def test_groups_of_in_features_here_and_there_are_no_place_to_start():
+    changes = rtn(tiny(), recipe(), [], observer=MinMax())
+    changes.tensors = {name: scattered(tensor) for name, tensor in changes.tensors.items()}
+    student = tiny()
+    prepare(student, recipe(), MinMax(), LSQ())
+    with pytest.raises(ValueError, match=r"^model\.\S+: has a g_idx, .*; start from act_order=group or static"):
         start_from(student, changes)
