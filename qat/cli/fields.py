@@ -109,11 +109,30 @@ def widths(value: Any) -> str | None:
     return f"expected a list of integers from 2 to 8, at least two; found {describe(value)}"
 
 
+def shares(value: Any) -> str | None:
+    """A list of numbers from 0 to 1, at least one."""
+    if isinstance(value, list) and value and all(is_number(item) and 0 <= item <= 1 for item in value):
+        return None
+    return f"expected a list of numbers from 0 to 1, at least one; found {describe(value)}"
+
+
 POSITIVE = number("a number above 0", lambda x: x > 0)
 UNSIGNED = number("a number of at least 0", lambda x: x >= 0)
+FINITE = number("a finite number of at least 0", lambda x: 0 <= x < math.inf)
 FRACTION = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
+SHARE = number("a number above 0, at most 1", lambda x: 0 < x <= 1)
+RATE = number("a finite number above 0", lambda x: 0 < x < math.inf, null=True)
+
+OBSERVERS: dict[str, Check] = {
+    "points": whole(),
+    "smallest": SHARE,
+    "norm": POSITIVE,
+    "decay": number("a number of at least 0, below 1", lambda x: 0 <= x < 1),
+    "percent": number("a number above 50, at most 100", lambda x: 50 < x <= 100),
+}
 
 FIELDS: dict[str, Check] = {
+    **{f"{place}.{key}": check for place in ("observer", "input_observer") for key, check in OBSERVERS.items()},
     "seed": whole(0, 2**32 - 1),
     "runs": text(),
     "run": text(),
@@ -171,7 +190,7 @@ FIELDS: dict[str, Check] = {
     "adapter.group_size": whole(),
     "adapter.seed": whole(0),
     "schedule.winq.every": whole(),
-    "schedule.winq.alpha": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
+    "schedule.winq.alpha": SHARE,
     "trainer.max_steps": whole(),
     "trainer.accumulate": whole(),
     "trainer.clip": number("a number above 0", lambda x: x > 0, null=True),
@@ -189,17 +208,38 @@ FIELDS: dict[str, Check] = {
     "sampling.max_tokens": whole(),
     "sampling.greedy_tokens": whole(0),
     "sampling.temperature": UNSIGNED,
-    "sampling.top_p": number("a number above 0, at most 1", lambda x: 0 < x <= 1),
+    "sampling.top_p": SHARE,
     "sampling.seed": whole(0, null=True),
+}
+
+
+KNOBS: dict[str, Check] = {  # of a method of this project, wherever a config names one
+    "damping": FINITE,
+    "asymmetry": FINITE,
+    "block_size": whole(),
+    "grid": whole(0),
+    "alphas": shares,
+    "epochs": whole(),
+    "batch_size": whole(),
+    "lr": RATE,
+    "scale_lr": RATE,
+    "seed": whole(0),
+    **{f"{place}.{key}": check for place in ("observer", "input_observer") for key, check in OBSERVERS.items()},
 }
 
 
 def check_fields(config: dict[str, Any]) -> Iterator[Problem]:
     """Each key that is there, held to its range; choices by device are made."""
-    for path, check in FIELDS.items():
-        place, _, leaf = path.rpartition(".")
-        node = at(config, place) if place else config
-        if place == "evaluation" and config.get("verb") == "eval" and at(config, path) is None:
+    for path, text in out_of_range(config, FIELDS):
+        if path.startswith("evaluation.") and config.get("verb") == "eval" and at(config, path) is None:
             continue  # as the run had it
-        if isinstance(node, dict) and leaf in node and not is_open(node[leaf]) and (text := check(node[leaf])):
-            yield Problem(path, text)
+        yield Problem(path, text)
+
+
+def out_of_range(node: dict[str, Any], fields: dict[str, Check]) -> Iterator[tuple[str, str]]:
+    """Path and complaint of each key that is there and does not hold what it may."""
+    for path, check in fields.items():
+        place, _, leaf = path.rpartition(".")
+        inner = at(node, place) if place else node
+        if isinstance(inner, dict) and leaf in inner and not is_open(inner[leaf]) and (text := check(inner[leaf])):
+            yield path, text

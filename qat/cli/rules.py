@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qat.cli.fields import at, is_number
+from qat.cli.fields import KNOBS, at, is_number, out_of_range
 from qat.cli.format_rules import carries
 from qat.cli.problem import Problem
 from qat.formats.ct_args import PACKED, refused, sub_format
@@ -108,8 +108,13 @@ def arms(config: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(f"arms.{name}", "an arm's name is made of letters, digits and underscores")
     for where, node in methods(config):
         target = at(node, "_target_")
-        if isinstance(target, str) and target.startswith("qat.") and not target.startswith(METHODS):
+        if not isinstance(target, str) or not target.startswith("qat."):
+            continue
+        if not target.startswith(METHODS):
             yield Problem(f"{where}._target_", f"{target} is no PTQ method; those live in qat.ptq")
+            continue
+        for path, text in out_of_range(node, KNOBS):
+            yield Problem(f"{where}.{path}", text)
 
 
 def reordered(config: Mapping[str, Any], recipe: Any) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ from qat.numerics.scheme import Scheme, integers, is_input_scale
 
 INDEX = "model.safetensors.index.json"
 CERTIFICATE = "verify.json"
+PARTS = ("codes", "scale", "zero_point", "global_scale", "g_idx")  # of a quantized weight
 METADATA = {"format": "pt"}
 STORED = {
     torch.uint8: "U8",
@@ -95,7 +96,7 @@ def digest(tensor: Tensor) -> str:
 
 def certified_parts(name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
     """A quantized weight's parts, keyed `<module>.codes`, `.scale` and, where it has one, `.zero_point` and so on."""
-    parts = {part: getattr(tensor, part) for part in ("codes", "scale", "zero_point", "global_scale", "g_idx")}
+    parts = {part: getattr(tensor, part) for part in PARTS}
     return {f"{name}.{part}": value for part, value in parts.items() if value is not None}
 
 
@@ -125,7 +126,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name to the safetensors file that holds it, shards included.
 
     Raises:
-        ValueError: A file is missing, truncated or no safetensors file, or the index and a shard disagree.
+        ValueError: A file is missing, truncated or no safetensors file, or the index and the shards disagree.
     """
     index = path / INDEX
     indexed = _strings(index, "weight_map") if index.exists() else None
@@ -137,10 +138,13 @@ def tensor_files(path: Path) -> dict[str, Path]:
             raise ValueError(f"{file}: no such file; the checkpoint is incomplete")
         try:
             with safe_open(file, framework="pt") as handle:
-                where.update(dict.fromkeys(handle.keys(), file))
+                names = list(handle.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from None
-    if indexed is not None and (lost := sorted(set(indexed) ^ set(where))):
+        if indexed is not None and (strays := sorted(name for name in names if indexed.get(name) != shard)):
+            raise ValueError(f"{index}: the index and the shards disagree about {strays[0]}")
+        where.update(dict.fromkeys(names, file))
+    if indexed is not None and (lost := sorted(set(indexed) - set(where))):
         raise ValueError(f"{index}: the index and the shards disagree about {lost[0]}")
     return where
 
@@ -162,10 +166,14 @@ class Certified:
         self._digests = _strings(certificate, "sha256") if certified else {}
 
     def check(self, parts: Mapping[str, Tensor], file: Path) -> None:
-        """Raises ValueError naming part and file if a part is not what the certificate says."""
+        """Raises ValueError naming part and file if a part of a module is not what the certificate says, or is gone."""
         for key, tensor in parts.items():
             if self._digests and self._digests.get(key) != digest(tensor):
                 raise ValueError(f"{file}: {key} is not what {CERTIFICATE} certifies; the file was changed")
+        modules = [key.removesuffix(".codes") for key in parts if key.endswith(".codes")]
+        whole = {f"{module}.{part}" for module in modules for part in PARTS}
+        if lost := sorted(self._digests.keys() & whole - parts.keys()):  # without it the file reads as another weight
+            raise ValueError(f"{file}: {lost[0]} is missing, of which {CERTIFICATE} speaks; the file was changed")
 
 
 class Reader:

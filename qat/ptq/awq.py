@@ -77,11 +77,13 @@ def awq(
         for each module outside of the blocks, with its `fallback`.
 
     Raises:
-        ValueError: The family is not known, the recipe does not fit, activations are not finite, or `duo_scaling` is no
-            such word.
+        ValueError: The family is not known, the recipe does not fit, activations are not finite, or `duo_scaling` or
+            `grid` is out of its range.
     """
     if duo_scaling not in KINDS:
         raise ValueError(f"duo_scaling={duo_scaling!r}: one of true, false, both")
+    if grid < 0:
+        raise ValueError(f"grid={grid}: a number of ratios, 0 (the identity alone) or larger")
     plan, structure = match(model, recipe), structure_of(model.config.model_type)
     search, together = Search(observer, grid, duo_scaling, dtype, structure.offset), families(model, plan.quantized)
 

@@ -83,10 +83,10 @@ def gptq(
         was rounded to nearest instead, or None).
 
     Raises:
-        ValueError: The family is not known, the recipe does not fit, activations are not finite, or `groups` needs
-            columns that `act_order` takes apart.
+        ValueError: The family is not known, the recipe does not fit, activations are not finite, a number is out of its
+            range, or `groups` needs columns that `act_order` takes apart.
     """
-    check(act_order, groups)
+    check(act_order, groups, damping=damping, block_size=block_size, asymmetry=asymmetry)
     plan, structure = match(model, recipe), structure_of(model.config.model_type)
     knobs = {"observer": observer, "act_order": act_order, "groups": groups, "damping": damping,
              "block_size": block_size, "dtype": dtype, "asymmetry": asymmetry}  # fmt: skip
@@ -122,7 +122,7 @@ def _quantize_stage(block: Block, names: list[str], schemes: dict[str, Scheme], 
         if cross is not None and full is not None:
             accumulate_cross(cross, full, x)
     if not all(bool(torch.isfinite(sums).all()) for sums in (hessian, cross) if sums is not None):
-        raise ValueError(f"{block.name}.{names[0]}: its inputs are not finite on the calibration data")
+        raise ValueError(f"{block.name}.{names[0]}: not finite on the calibration data: its inputs, or their products")
     changes = Changes()
     for together in _stacks(names, schemes):
         weights: list[Tensor] = [linears[name].get_parameter("weight") for name in together]

@@ -4,6 +4,7 @@ Legend: O out-features, I in-features, T tokens. Everything is computed in fp32,
 factors always in fp64.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -26,8 +27,18 @@ Order = Literal["none", "static", "group", "dynamic"]
 Groups = Literal["static", "current", "stale"]
 
 
-def check(act_order: str, groups: str) -> None:
-    """Raises ValueError if there are no such words, or they do not go together."""
+def check(act_order: str, groups: str, **numbers: float) -> None:
+    """Raises ValueError if there are no such words, they do not go together, or a number is out of its range.
+
+    Args:
+        act_order: As `qat.ptq.gptq.gptq` has it.
+        groups: Likewise.
+        numbers: `damping` and `asymmetry`, finite and 0 or larger; `block_size`, 1 or larger.
+    """
+    for name, number in numbers.items():
+        least = 1 if name == "block_size" else 0
+        if not least <= number < math.inf:
+            raise ValueError(f"{name}={number}: a finite number, {least} or larger")
     for name, value, known in (("act_order", act_order, Order), ("groups", groups, Groups)):
         if value not in get_args(known):
             raise ValueError(f"{name}={value}: one of {', '.join(get_args(known))}")
@@ -105,9 +116,9 @@ def quantize_rows(
     """`quantize_weight`, with the loss of each row (fp64 `[O]`) beside `{"damping", "fallback"}`.
 
     Raises:
-        ValueError: The weight is not finite, or what is handed from column to column stops being so.
+        ValueError: See `check`; or the weight is not finite, or what is handed from column to column stops being so.
     """
-    check(act_order, groups)
+    check(act_order, groups, damping=damping, block_size=block_size, asymmetry=asymmetry)
     weight = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
     g = divisor((weight,), scheme)  # of all rows: stacked linears share it
     width, size = weight.shape[1], weight.shape[1]

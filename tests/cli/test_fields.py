@@ -1,9 +1,17 @@
 import pytest
 
-from qat.cli.fields import FIELDS, at, check_fields
+from qat.cli.fields import FIELDS, KNOBS, at, check_fields, out_of_range
 from qat.cli.schema import build_schema
 from qat.cli.tree import Tree
 from qat.cli.verbs import VERBS
+
+OBSERVERS = {
+    "points": ([1, 80], [0, None]),
+    "smallest": ([0.2, 1], [0, 1.1]),
+    "norm": ([2.4], [0, float("nan")]),
+    "decay": ([0, 0.9], [1, -0.1]),
+    "percent": ([99.9, 100], [50, 101]),
+}
 
 
 def nested(path, value):
@@ -55,6 +63,44 @@ def test_ranges(path, good, bad):
         (problem,) = check_fields(nested(path, value))
         assert problem.where == path
         assert "expected" in problem.text
+
+
+@pytest.mark.parametrize(
+    ("path", "good", "bad"),
+    [
+        ("damping", [0, 0.01, 2], [-0.5, float("nan"), float("inf"), "a", None]),
+        ("asymmetry", [0, 0.25, 1], [-1, float("nan"), float("inf"), None]),
+        ("block_size", [1, 128], [0, -64, 1.5, None]),
+        ("grid", [0, 20], [-3, 2.5, None]),
+        ("alphas", [[0.5], [0, 1]], [[], [2], [float("nan")], 0.5, None]),
+        ("epochs", [1], [0, None]),
+        ("batch_size", [1], [0, None]),
+        ("lr", [None, 1e-3], [0, -1, float("nan"), float("inf")]),
+        ("scale_lr", [None, 1e-3], [0, "a"]),
+        ("seed", [0], [-1, None]),
+        *((f"{place}.{key}", *tried) for place in ("observer", "input_observer") for key, tried in OBSERVERS.items()),
+    ],
+)
+def test_knobs_of_methods(path, good, bad):
+    for value in good:
+        assert list(out_of_range(nested(path, value), KNOBS)) == []
+    for value in bad:
+        ((where, text),) = out_of_range(nested(path, value), KNOBS)
+        assert where == path
+        assert "expected" in text
+
+
+@pytest.mark.parametrize("place", ["observer", "input_observer"])
+@pytest.mark.parametrize("key", OBSERVERS)
+def test_ranges_of_observers(place, key):
+    good, bad = OBSERVERS[key]
+    assert [list(check_fields(nested(f"{place}.{key}", value))) for value in good] == [[]] * len(good)
+    assert all(list(check_fields(nested(f"{place}.{key}", value))) for value in bad)
+
+
+def test_every_knob_is_tried_above():
+    (mark,) = test_knobs_of_methods.pytestmark
+    assert {path for path, _, _ in mark.args[1]} == set(KNOBS)
 
 
 def test_keys_that_are_not_there_or_not_known_yet_are_passed_over():

@@ -93,6 +93,11 @@ def said(config, recipe=None):
         ({"arms": {"fp": {}}}, "arms.fp: every comparison has an arm of this name"),
         ({"arms": {"a/b": {}}}, "arms.a/b: an arm's name"),
         ({"arms": {"x": {"_target_": "qat.nn.estimators.LSQ"}}}, "arms.x._target_: qat.nn.estimators.LSQ is no PTQ"),
+        ({"arms": {"x": {"_target_": "qat.ptq.gptq.gptq", "damping": -1}}}, "arms.x.damping: expected a finite number"),
+        (
+            {"method": {"_target_": "qat.ptq.rotate.rotate", "then": {"_target_": "qat.ptq.awq.awq", "grid": -3}}},
+            "method.then.grid: expected an integer",
+        ),
     ],
 )
 def test_what_contradicts_is_said(config, words):
@@ -105,6 +110,7 @@ def test_what_contradicts_is_said(config, words):
     [
         {"schedule": {"start": 0, "freeze": 10}, "trainer": {"max_steps": 10}, "estimator": {"_target_": "x.Clipped"}},
         {"arms": {"gptq_g32": {"_target_": "qat.ptq.gptq.gptq"}}},
+        {"arms": {"own": {"_target_": "mine.method", "damping": -1}}},
         *({"method": DYNAMIC, "format": {"name": name}} for name in ("gptq", "compressed_tensors", "none")),
         {"arms": {"blockap": {"_target_": "qat.training.blockwise.blockwise"}}},
         {"init": {"method": None}, "optim": {"train": "all"}, "schedule": {"start": 0, "freeze": 2}},

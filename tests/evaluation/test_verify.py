@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_export import PROMPTS, export
 from tiny_grids import MIXED, PAIRS, RECIPES
 
+from qat.engine.config import EngineConfig
 from qat.engine.llm import LLM
 from qat.evaluation import foreign, reference
 from qat.evaluation.verify import FAST_KL_BOUND, LOGIT_BOUND, verify
@@ -183,9 +184,25 @@ def test_a_true_export_with_a_g_idx_is_verified_and_its_groups_are_bound(tmp_pat
     (said,) = certificate["unchecked"]
     assert ("no library here" if format == "gptq" else "no actorder=group since 0.19") in said
     name = f"{Q}.{'g_idx' if format == 'gptq' else 'weight_g_idx'}"
-    edit(tmp_path / "m", lambda tensors: tensors.update({name: tensors[name].roll(1)}))
+    g_idx = load_file(tmp_path / "m" / "model.safetensors")[name]
+    edit(tmp_path / "m", lambda tensors: tensors.update({name: g_idx.roll(1)}))
     with pytest.raises(ValueError, match=rf"model\.safetensors: {Q}\.g_idx is not what verify\.json certifies"):
         verify(tmp_path / "m")
+    edit(tmp_path / "m", lambda tensors: tensors.update({name: g_idx.sort().values}))  # then it reads as none
+    with pytest.raises(ValueError, match=rf"{Q}\.g_idx is missing, of which verify\.json speaks"):
+        verify(tmp_path / "m")
+
+
+def test_a_part_that_is_gone_is_missed(tmp_path):
+    """Without its zero points a file may still read well, as the file of a symmetric scheme."""
+    export(tmp_path / "m", symmetric=False)
+    edit(tmp_path / "m", lambda t: [t.pop(name) for name in list(t) if name.endswith("weight_zero_point")])
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["weights"]["symmetric"] = True
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"zero_point is missing, of which verify\.json speaks"):
+        LLM(tmp_path / "m", EngineConfig(kernel="reference", device="cpu"))
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,16 @@ def test_shards_must_agree_with_their_index(tmp_path):
         tensor_files(tmp_path)
 
 
+def test_a_tensor_is_in_one_shard_and_in_the_one_that_the_index_names(tmp_path):
+    """Readers that go by the index would get another tensor than those that go by the shards."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"t1": "model-1.safetensors", "t2": "model-2.safetensors"}}))
+    save_file({"t1": torch.zeros(2)}, tmp_path / "model-1.safetensors")
+    save_file({"t1": torch.ones(2), "t2": torch.zeros(2)}, tmp_path / "model-2.safetensors")
+    with pytest.raises(ValueError, match="disagree about t1"):
+        tensor_files(tmp_path)
+
+
 @pytest.mark.parametrize("value", ["DELETE", None, {}, [], ["a"], "a", {"model.norm.weight": 1}, {"a": None}], ids=repr)
 def test_a_malformed_index_is_named(tmp_path, value):
     save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")

@@ -362,3 +362,14 @@ def test_damping_escalates_before_giving_up():
     assert factor is not None
     assert failure is None
     assert damping == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "knob",
+    [{"damping": float("nan")}, {"damping": -0.5}, {"damping": float("inf")}, {"block_size": 0}, {"asymmetry": -1}],
+)
+def test_numbers_that_would_never_end_or_be_replaced_are_refused(knob):
+    weight, hessian = torch.randn(4, 64), torch.eye(64)
+    ((name, value),) = knob.items()
+    with pytest.raises(ValueError, match=f"^{name}={value}: a finite number"):
+        quantize_weight(weight, hessian, SCHEMES[0], observer=MinMax(), **knob)
