@@ -140,3 +140,9 @@ def test_a_run_writes_its_rows_and_prints_the_table_last(script, monkeypatch, tm
         assert row["seconds"] > 0
         assert (row["blocks"], row["layers"], row["fallbacks"]) == (1, 2, 0)
     assert capsys.readouterr().out.rstrip().endswith(script.table(content["rows"]))
+
+
+def test_the_readme_says_what_the_file_says(script):
+    rows = json.loads((ROOT / "scripts/results/ptq_time.json").read_text(encoding="utf-8"))["rows"]
+    marked = f"<!-- from: scripts/results/ptq_time.json -->\n{script.table(rows)}\n\n"
+    assert marked in (ROOT / "README.md").read_text(encoding="utf-8")

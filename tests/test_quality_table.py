@@ -55,6 +55,19 @@ def test_without_autoround_where_that_is_best(table):
     assert judged["recovered_nll_without_autoround"] == pytest.approx((0.45 / 0.5 + 0.55 / 0.5) / 2)
 
 
+def test_the_standard_error_of_a_quotient_is_that_of_its_linear_part_where_windows_are_many(table):
+    """Delta method, closed form: fp loses nothing, what is left over varies by window."""
+    from random import Random
+    from statistics import stdev
+
+    draw = Random(0)
+    ptq, left = [2.0 + draw.gauss(0, 0.02) for _ in range(400)], [0.5 + draw.gauss(0, 0.1) for _ in range(400)]
+    found = table.jackknife(ptq, left, [0.0] * 400)
+    ratio = sum(left) / sum(ptq)
+    linear = [(one - ratio * whole) / (sum(ptq) / 400) for one, whole in zip(left, ptq, strict=True)]
+    assert found == pytest.approx(stdev(linear) / 20, rel=1e-2)
+
+
 def test_validation_chooses_not_test(table):
     found = rows()
     for seed in (1, 2):

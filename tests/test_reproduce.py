@@ -112,3 +112,35 @@ def test_results_are_replaced_as_a_whole_and_meta_adds_up(board, tmp_path):
     assert content["meta"] == {"settings": {"a": [1], "b": [2]}, "device": "y"}
     assert [row["arm"] for row in content["rows"]] == ["rtn", "gptq"]
     assert [line for line in ours.file.read_text().splitlines() if line.count("recipe") > 1] == []
+
+
+def test_a_cell_of_other_settings_is_made_again_and_takes_the_old_ones_place(plan, tmp_path):
+    (cell,) = plan.plan([W4], ["gptq"], [1])
+    boards = [plan.Board(tmp_path / "r.json", tmp_path, [cell], {cell: sha}) for sha in ("old", "new")]
+    boards[0].add({**cell._asdict(), "settings": "old"}, {})
+    assert [board.done() for board in boards] == [{cell}, set()]
+    boards[1].add({**cell._asdict(), "settings": "new"}, {})
+    assert [board.done() for board in boards] == [set(), {cell}]
+
+
+def test_settings_are_known_by_what_the_file_says_and_not_by_where_the_model_lies(plan):
+    import hashlib
+
+    cell = plan.Cell(W4, "qat", 1)
+    here, there = (Namespace(overrides=[f"model.path=/{place}/m.gguf", "optim.lr=1e-3"]) for place in "ab")
+    assert plan.digest(cell, here) == plan.digest(cell, there)
+    assert plan.digest(cell, here) != plan.digest(cell, Namespace(overrides=[]))
+    assert plan.digest(cell, here) == hashlib.sha256(plan.written(cell, here).encode()).hexdigest()[:12]
+    assert "optim.lr=2e-4" in plan.written(cell, here)
+    assert "optim.lr" not in plan.written(plan.Cell(W4, "gptq", 1), Namespace(overrides=[]))  # it does not train
+
+
+def test_every_row_of_the_file_is_known_by_its_settings(plan):
+    import hashlib
+
+    from results import read
+
+    content = read(ROOT / "scripts/results/quality.json")
+    known = content["meta"]["settings"]
+    assert all(hashlib.sha256(text.encode()).hexdigest()[:12] == sha for sha, text in known.items())
+    assert {row["settings"] for row in content["rows"]} == set(known)

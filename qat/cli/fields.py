@@ -116,9 +116,8 @@ def shares(value: Any) -> str | None:
     return f"expected a list of numbers from 0 to 1, at least one; found {describe(value)}"
 
 
-POSITIVE = number("a number above 0", lambda x: x > 0)
-UNSIGNED = number("a number of at least 0", lambda x: x >= 0)
-FINITE = number("a finite number of at least 0", lambda x: 0 <= x < math.inf)
+POSITIVE = number("a finite number above 0", lambda x: 0 < x < math.inf)
+UNSIGNED = number("a finite number of at least 0", lambda x: 0 <= x < math.inf)
 FRACTION = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 SHARE = number("a number above 0, at most 1", lambda x: 0 < x <= 1)
 RATE = number("a finite number above 0", lambda x: 0 < x < math.inf, null=True)
@@ -185,7 +184,7 @@ FIELDS: dict[str, Check] = {
     "optim.warmup": FRACTION,
     "optim.final": FRACTION,
     "adapter.rank": whole(),
-    "adapter.alpha": number("a finite number above 0", lambda x: 0 < x < math.inf),
+    "adapter.alpha": POSITIVE,
     "adapter.dropout": number("a number of at least 0, below 1", lambda x: 0 <= x < 1),
     "adapter.group_size": whole(),
     "adapter.seed": whole(0),
@@ -193,7 +192,7 @@ FIELDS: dict[str, Check] = {
     "schedule.winq.alpha": SHARE,
     "trainer.max_steps": whole(),
     "trainer.accumulate": whole(),
-    "trainer.clip": number("a number above 0", lambda x: x > 0, null=True),
+    "trainer.clip": RATE,
     "trainer.precision": one_of(*PRECISIONS),
     "trainer.batch_size": whole(),
     "trainer.checkpoint_every": whole(),
@@ -214,8 +213,8 @@ FIELDS: dict[str, Check] = {
 
 
 KNOBS: dict[str, Check] = {  # of a method of this project, wherever a config names one
-    "damping": FINITE,
-    "asymmetry": FINITE,
+    "damping": UNSIGNED,
+    "asymmetry": UNSIGNED,
     "block_size": whole(),
     "grid": whole(0),
     "alphas": shares,

@@ -115,7 +115,8 @@ def _check_value(where: str, value: Any, node: Node, known: list[str]) -> Iterat
     if any(isinstance(default, dict) for default in node.defaults):
         others = {kind(default) for default in node.defaults} - {"dict"}
         if not (isinstance(value, dict) and "_target_" in value) and kind(value) not in others:
-            yield Problem(where, f"expected a mapping with _target_, found {describe(value)}")
+            hint = f"; a group's option is chosen as GROUP@{where}={value}" if isinstance(value, str) else ""
+            yield Problem(where, f"expected a mapping with _target_, found {describe(value)}{hint}")
     elif isinstance(value, dict) and "_target_" in value:
         yield Problem(where, "takes no _target_")
     elif isinstance(value, dict) and node.mappings:

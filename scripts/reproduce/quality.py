@@ -1,4 +1,5 @@
-"""The quality table: every grid x every arm x seeds, on the demo model. Cells that the JSON holds are not run again.
+"""The quality table: every grid x every arm x seeds, on the demo model. Cells that the JSON holds, with the same
+settings, are not run again; every row says of which commit it is.
 
     python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens DIR --generated DIR --prose DIR \
         [--more DIR ...] [--recipes w4a16_g64 ...] [--arms rtn qat ...] [--seeds 1 2 3] [--minutes 25] [--gpus 0 1] \
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from lanes import Make, gpus, share
-from quality_plan import ARMS, RECIPES, TRAINED, Board, Lane, composed, plan
+from quality_plan import ARMS, RECIPES, TRAINED, Board, Lane, composed, digest, plan
 
 from qat.cli.rundir import git
 
@@ -54,7 +55,8 @@ def main() -> None:
     """Makes what is left of the table."""
     given = arguments()
     given.commit = given.commit or (git() or {}).get("sha")
-    board = Board(Path(given.json), Path(given.work), plan(given.recipes, given.arms, given.seeds))
+    cells = plan(given.recipes, given.arms, given.seeds)
+    board = Board(Path(given.json), Path(given.work), cells, {cell: digest(cell, given) for cell in cells})
     for cell in {cell.arm in TRAINED: cell for cell in board.cells}.values():
         try:
             composed(cell, given)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from pytorch_lightning import seed_everything
-from quality_plan import TRAINED, Cell, composed, digest, settings
+from quality_plan import TRAINED, Cell, composed, digest, written
 from results import Row, locked
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ class Cells:
             "device": device_name(bench.device),
             "versions": versions(),
             "data": {name: tokens.fingerprint for name, tokens in self._texts.items()} | self._more,
-            "settings": {sha: " ".join(settings(cell, self.arguments))},
+            "settings": {sha: written(cell, self.arguments)},
         }
         shutil.rmtree(bench.run.path)
         cost = made.cost

@@ -2,10 +2,9 @@
 
 import fcntl
 import hashlib
-import json
 import os
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -77,16 +76,23 @@ def candidates(recipe: str) -> tuple[str, ...]:
 
 def settings(cell: Cell, given: Namespace) -> list[str]:
     """How a cell is made, as overrides of `qat run`; its recipe, its seed and its paths apart."""
-    mine = RECIPES.get(cell.recipe, RECIPES["w4a16_g64"])
+    mine = RECIPES.get(cell.recipe, RECIPES["w4a16_g64"]) if cell.arm in TRAINED else []
     own = {"blockap": BLOCKAP, "autoround": ["+method@arms.autoround=autoround"]}.get(cell.arm, [])
     if cell.recipe == "w2a16_g64" and cell.arm in ("gptq", "ft_gptq"):
         own = IN_ORDER
+    if (cell.recipe, cell.arm) == ("w8a8", "qat_ce"):
+        own = ["optim.lr=2e-4"]  # as `ft_fp`, which it is held to: at the other rate cross-entropy hardly trains
     return [*COMMON, *mine, *own, *TRAINED.get(cell.arm, []), *given.overrides]
 
 
+def written(cell: Cell, given: Namespace) -> str:
+    """Settings as the file has them: where the model lies is no part of them."""
+    return " ".join(text for text in settings(cell, given) if not text.startswith("model.path="))
+
+
 def digest(cell: Cell, given: Namespace) -> str:
-    """What tells settings from others."""
-    return hashlib.sha256(json.dumps(settings(cell, given)).encode()).hexdigest()[:12]
+    """What tells settings from others: of what `written` says, its SHA-256."""
+    return hashlib.sha256(written(cell, given).encode()).hexdigest()[:12]
 
 
 def composed(cell: Cell, given: Namespace) -> dict[str, Any]:
@@ -126,11 +132,13 @@ class Board:
         file: The results; a row for each cell that is done.
         work: Where claims are: files, locked by the processes whose they are.
         cells: The plan.
+        digests: What the settings of a cell are now; a row of others does not count as done.
     """
 
     file: Path
     work: Path
     cells: list[Cell]
+    digests: dict[Cell, str] = field(default_factory=dict)
 
     def claim(self, lane: Lane) -> Claim | None:
         """The next cell for a lane, or None: none may be begun now. A lane that trains takes the others at last."""
@@ -156,7 +164,8 @@ class Board:
 
     def done(self) -> set[Cell]:
         """What the file has."""
-        return {Cell(row["recipe"], row["arm"], row["seed"]) for row in read(self.file)["rows"]}
+        rows = {_cell(row): row.get("settings") for row in read(self.file)["rows"]}
+        return {cell for cell, sha in rows.items() if self.digests.get(cell, sha) == sha}
 
     def failures(self) -> dict[Cell, str]:
         """What went wrong, by cell."""
@@ -176,7 +185,7 @@ class Board:
         """A cell is done; `meta` is added to what the file says of all of them, mapping by mapping."""
         with locked(self.work / "board.lock"):
             content = read(self.file)
-            content["rows"].append(row)
+            content["rows"] = [old for old in content["rows"] if _cell(old) != _cell(row)] + [row]
             for key, value in meta.items():
                 old = content["meta"].get(key)
                 content["meta"][key] = old | value if isinstance(old, dict) and isinstance(value, dict) else value
@@ -194,3 +203,7 @@ class Board:
             os.close(handle)
             return None
         return handle
+
+
+def _cell(row: Row) -> Cell:
+    return Cell(row["recipe"], row["arm"], row["seed"])

@@ -3,9 +3,10 @@
     python scripts/reproduce/quality_table.py scripts/results/quality.json
 
 What is judged is the better of `qat` and `blockap_qat`, chosen by their KL on validation; all else is on test. Spreads
-are standard deviations over seeds.
+are standard deviations over seeds; `s.e.` is the standard error over windows of the test split (jackknife).
 """
 
+import math
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -70,6 +71,7 @@ def aims(rows: Rows, means: list[Row]) -> list[Row]:
         others = _each(rows, recipe, chosen, "fp", tuple(arm for arm in candidates(recipe) if arm != "autoround"))
         for key in ("recovered_nll", "recovered_kl"):
             one |= spread(f"{key}_without_autoround", [row[key] for row in others])
+        one["recovered_nll_se"] = mean(row["se"] for row in each)
         entropy = _each(rows, recipe, "qat_ce", "ft_fp", (*candidates(recipe), "ft_gptq"))
         one |= spread("ce_recovered_nll", [row["recovered_nll"] for row in entropy])
         found.append(one | {"ce_best_nll": _winners(entropy, "nll")})
@@ -85,7 +87,8 @@ def _each(rows: Rows, recipe: str, trained: str, reference: str, against: tuple[
         if len(known) < len(arms):
             continue
         best = recovered(known, list(against), trained, reference)["vs_best_ptq"]
-        one: Row = {"kl": known[trained]["kl"]}
+        three = (known[best["nll"]["winner"]], known[trained], known[reference])
+        one: Row = {"kl": known[trained]["kl"], "se": jackknife(*(row["windows"]["nll"] for row in three))}
         for metric in ("nll", "kl"):
             one |= {f"recovered_{metric}": best[metric]["value"], f"best_{metric}": best[metric]["winner"]}
         for text in TEXTS:
@@ -93,6 +96,17 @@ def _each(rows: Rows, recipe: str, trained: str, reference: str, against: tuple[
             one[f"recovered_kl_{text}"] = 1 - known[trained][f"kl_{text}"] / lowest
         found.append(one)
     return found
+
+
+def jackknife(ptq: list[float], trained: list[float], reference: list[float]) -> float:
+    """Standard error of recovered nll over windows, by leaving out one at a time."""
+    sums, count = [sum(arm) for arm in (ptq, trained, reference)], len(ptq)
+    left = [
+        [total - one for total, one in zip(sums, window, strict=True)]
+        for window in zip(ptq, trained, reference, strict=True)
+    ]
+    values = [(p - t) / (p - f) for p, t, f in left]
+    return math.sqrt((count - 1) / count * sum((value - mean(values)) ** 2 for value in values))
 
 
 def _winners(each: list[Row], metric: str) -> str:
@@ -129,13 +143,13 @@ def verdict(judged: list[Row]) -> str:
     for row in judged:
         nll, kl = ("—" if row[key] is None else f"{row[key]:g}" for key in ("aim_nll", "aim_kl"))
         lines.append([f"`{row['recipe']}`", f"`{row['chosen']}`",
-                      number(row, "recovered_nll", 3), row["best_nll"],
+                      number(row, "recovered_nll", 3), f"{row['recovered_nll_se']:.3f}", row["best_nll"],
                       number(row, "recovered_nll_without_autoround", 3), nll, number(row, "kl", 4), kl,
                       number(row, "recovered_kl", 3), row["best_kl"],
                       *(number(row, f"recovered_kl_{text}", 3) for text in TEXTS),
                       number(row, "ce_recovered_nll", 3), row["ce_best_nll"] or "—"])  # fmt: skip
-    header = ["recipe", "arm", "recovered nll", "against", "without AutoRound", "aim", "KL", "aim", "recovered KL",
-              "against"]  # fmt: skip
+    header = ["recipe", "arm", "recovered nll", "s.e.", "against", "without AutoRound", "aim", "KL", "aim"]
+    header += ["recovered KL", "against"]
     header += [f"recovered KL, {text}" for text in TEXTS]
     return markdown([*header, "`qat_ce`: recovered nll", "against"], lines)
 

@@ -36,7 +36,7 @@ def test_every_kind_of_problem_at_once(run, tree):
     expected = [
         *("nonsense:", "recipe=w9:", "~arms.x:", "seed:", "data.seq_len: names cpu alone", "trainer.max_stpes:"),
         *(
-            "trainer.clip: expected a number above 0 or null",
+            "trainer.clip: expected a finite number above 0 or null",
             "model.name: has no value",
             "callbacks.c._target_:",
             "optim.lrr:",
@@ -70,7 +70,7 @@ def test_removing_what_can_be_spared_and_what_cannot(run, tree):
 def test_a_choice_by_device_may_be_set_and_unset(run, tree):
     assert said(run, tree, "experiment=quick", "trainer.max_steps=7") == []
     assert said(run, tree, "trainer.max_steps={cpu:7,cuda:8}", "optim.lr={cpu:1e-3,cuda:1e-4}") == []
-    assert said(run, tree, "optim.lr={cpu:1e-3,cuda:x}") == ["optim.lr: expected a number above 0, found 'x'"]
+    assert said(run, tree, "optim.lr={cpu:1e-3,cuda:x}") == ["optim.lr: expected a finite number above 0, found 'x'"]
 
 
 @pytest.mark.parametrize("texts", [["trainer.max_stpes=3", "recipe=w9"], ["recipe.rules.linears.weight.grid.bits=9"]])
