@@ -129,11 +129,14 @@ def test_ours_is_what_the_configs_say(monkeypatch):
     import ptq_peers
     import run_qat
 
-    assert ptq_peers.TOOLS["qat"] == run_qat.METHODS
+    assert sorted(ptq_peers.TOOLS["qat"]) == sorted(run_qat.METHODS)
     node = {m: run_qat.composed(run_qat.overrides(m, 3, 16, 8, 16))["method"] for m in run_qat.METHODS}
     assert node["gptq"]["observer"]["points"] == 80
     assert (node["gptq"]["asymmetry"], node["gptq_paper"]["asymmetry"]) == (0.25, 0)
     assert node["gptq_paper"]["observer"]["_target_"].endswith("MinMax")
+    for name in ("gptq_group", "gptq_paper_group"):
+        assert (node[name]["act_order"], node[name]["groups"]) == ("group", "current")
+    assert (node["gptq_group"]["damping"], node["gptq_paper_group"]["damping"]) == (0.01, 0.05)
     assert node["autoround"]["epochs"] * 16 == 16 * 8
     with pytest.raises(ValueError, match="no whole passes over 16 samples"):
         run_qat.overrides("autoround", 4, 3, 8, 16)

@@ -36,13 +36,13 @@ from qat.surgery.convert import apply
 
 HERE = Path(__file__).parent
 TOOLS = {
-    "qat": ("rtn", "mse_rtn", "gptq_paper", "gptq", "awq", "autoround"),
+    "qat": ("rtn", "mse_rtn", "gptq_paper", "gptq_paper_group", "gptq", "gptq_group", "awq", "autoround"),
     "llmcompressor": ("rtn", "gptq", "gptq_mse", "awq"),
     "autoround": ("autoround",),
     "gptqmodel": ("gptq",),
 }
-OURS = {"rtn": ("rtn",), "gptq": ("gptq_paper", "gptq"), "gptq_mse": ("gptq",), "awq": ("awq",),
-        "autoround": ("autoround",)}  # fmt: skip
+GPTQ = ("gptq_paper", "gptq_paper_group", "gptq", "gptq_group")
+OURS = {"rtn": ("rtn",), "gptq": GPTQ, "gptq_mse": ("gptq", "gptq_group"), "awq": ("awq",), "autoround": ("autoround",)}
 GROUP = 64
 
 

@@ -1,6 +1,8 @@
 """Ours, with the settings of `configs/method` as they are where a GPU is used, and the recipe `configs/recipe` has.
 
-`gptq_paper` is `gptq` on min-max ranges and without GPTAQ: what the peers' defaults are nearest to. In groups of 64.
+`gptq_paper` is `gptq` on min-max ranges and without GPTAQ: what llm-compressor's defaults are nearest to. `gptq_group`
+takes groups by their energy, each on the weights at hand, as `quality` does at 2 bits; `gptq_paper_group` is both, with
+GPTQModel's damping: what its defaults are nearest to. In groups of 64.
 """
 
 from typing import Any
@@ -17,7 +19,9 @@ from qat.models import hf
 from qat.surgery.convert import apply
 
 PAPER = ["method.asymmetry=0", "observer=minmax", "method.observer=${observer}"]
-METHODS = ("rtn", "mse_rtn", "gptq_paper", "gptq", "awq", "autoround")
+GROUP = ["method.act_order=group", "method.groups=current"]
+VARIANTS = {"gptq_paper": PAPER, "gptq_group": GROUP, "gptq_paper_group": [*PAPER, *GROUP, "method.damping=0.05"]}
+METHODS = ("rtn", "mse_rtn", "gptq", *VARIANTS, "awq", "autoround")
 
 
 def overrides(method: str, bits: int, steps: int, batch_size: int, samples: int) -> list[str]:
@@ -26,9 +30,8 @@ def overrides(method: str, bits: int, steps: int, batch_size: int, samples: int)
     Raises:
         ValueError: AutoRound's steps are no whole passes over the calibration samples.
     """
-    found = [f"method={method.removesuffix('_paper')}", f"recipe=w{bits}a16_g64"]
-    if method == "gptq_paper":
-        found += PAPER
+    named = "gptq" if method in VARIANTS else method
+    found = [f"method={named}", f"recipe=w{bits}a16_g64", *VARIANTS.get(method, [])]
     if method == "autoround":
         if steps * batch_size % samples:
             raise ValueError(f"--steps {steps} of {batch_size} sequences are no whole passes over {samples} samples")
