@@ -122,6 +122,7 @@ def test_what_fits_or_is_broken_otherwise_passes(config):
 
 
 @pytest.mark.parametrize(("rule", "count"), [(Rule("x", GOOD), 0), (Rule("x", Scheme(IntGrid(8), PerChannel())), 0),
+                                             (Rule("x", Scheme(IntGrid(8), PerChannel()), TOKEN), 0),
                                              (Rule("x", replace(GOOD, grid=IntGrid(8)), TOKEN), 1)])  # fmt: skip
 def test_a_g_idx_stands_beside_packed_integers_alone(rule, count):
     found = said({"method": DYNAMIC, "format": {"name": "compressed_tensors"}}, Recipe({"all": rule}))

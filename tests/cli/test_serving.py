@@ -7,7 +7,7 @@ import pytest
 
 from qat.cli import files
 from qat.cli.model_file import ModelFacts
-from qat.cli.serving import check, kernel_lines, layers_of, served
+from qat.cli.serving import check, kernel_lines, layers_of, refusals, reorders, served
 from qat.cli.tree import Tree
 from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
@@ -61,6 +61,24 @@ def test_groups_of_in_features_here_and_there_are_refused_where_they_are_not_rea
     (text,) = said(*dynamic, "format=awq", verb="ptq")
     assert text.startswith("method.act_order: dynamic needs a g_idx, which format=awq cannot carry")
     assert said(*model, "arms.gptq.act_order=dynamic", "export.target=vllm") == []  # the trained arm is exported
+
+
+def test_what_is_exported_reorders_and_neither_arms_nor_a_start_do():
+    node = {"act_order": "dynamic"}
+    for config in ({"method": node}, {"method": {"then": node}}, {"adapter": {"then": node}}):
+        assert reorders(config)
+    for config in (
+        {"arms": {"a": node}},
+        {"init": {"method": node}},
+        {"adapter": {"then": {"act_order": "group"}}},
+        {},
+    ):
+        assert not reorders(config)
+
+
+def test_of_a_format_that_is_not_read_no_layer_is_asked():
+    found = refusals("vllm", "gguf", layers_of(recipe(3), SHAPES), "bfloat16", None)
+    assert [(module, part) for module, part, _ in found] == [("", "format.name")]
 
 
 def test_formats_and_caches(model):

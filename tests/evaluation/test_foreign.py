@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import tiny
 from tiny_export import export
+from tiny_grids import RECIPES
 
 from qat.engine.loader import open_checkpoint
 from qat.evaluation import foreign, reference
@@ -111,6 +112,15 @@ def test_one_unquantized_value_that_differs_is_named(checkpoint):
     found = foreign.transformers(replace(checkpoint, plain=plain), None, [])
     assert found["worst"] == "model.norm.weight"
     assert found["max_abs_diff"] == pytest.approx(0.25, rel=0.02)
+
+
+def test_one_scale_of_an_input_that_differs_is_named(tmp_path):
+    export(tmp_path / "m", rules=RECIPES["w8a8_static"], certified=False)
+    checkpoint = compressed_tensors.load(tmp_path / "m")
+    name = f"{UP}.input_scale"
+    assert foreign.transformers(checkpoint, None, [])["max_abs_diff"] == 0
+    edited = replace(checkpoint, plain=dict(checkpoint.plain) | {name: checkpoint.plain[name] * 2})
+    assert foreign.transformers(edited, None, [])["worst"] == name
 
 
 def test_logits_of_another_model_differ(checkpoint, sequences):

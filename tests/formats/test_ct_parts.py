@@ -64,7 +64,9 @@ def test_golden_bytes_of_a_g_idx():
     for places in ([0, 0, 1, 1], [-1] * 4):
         parts["weight_g_idx"] = torch.tensor(places, dtype=torch.int32)
         assert unpack_tensor("m", parts, tensor.scheme).g_idx is None
-    for places, message in ((torch.tensor([1, 0, 1, 1]).int(), "each of 2 groups as often"), (torch.ones(4), "int32")):
+    uneven = "each of 2 groups as often"
+    wrong = ((torch.tensor([1, 0, 1, 1]).int(), uneven), (torch.tensor([-1, 0, 1, 1]).int(), uneven))
+    for places, message in (*wrong, (torch.ones(4), "int32")):
         with pytest.raises(ValueError, match=rf"^m\.weight_g_idx.*{message}"):
             unpack_tensor("m", parts | {"weight_g_idx": places}, tensor.scheme)
     with pytest.raises(AssertionError, match="nothing would say"):

@@ -261,6 +261,10 @@ DAMAGE = [
     ),
     (poke("blk.0.attn_v.weight", 2, b"\1\xc5"), r"v_proj: a minimum is not 0 to 15 times its scale"),
     (poke("blk.0.attn_v.weight", 2, b"\0\x7e"), r"v_proj: a minimum is not 0 to 15 times its scale"),
+    (
+        poke("blk.0.attn_v.weight", 0, b"\0\x3c\0\xcc"),  # 1 and -16
+        r"v_proj: a minimum is not 0 to 15 times its scale",
+    ),
     (replaced(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"), r"tensor blk\.0\.attn_z\.weight is none of"),
     (poke("output_norm.weight", 0, b"\1\0\0\0"), r"model\.norm\.weight holds values beyond the bfloat16"),
     (say(num_attention_heads=2), rf"tensor {Q}\.weight has 64 rows; config\.json asks for 32"),

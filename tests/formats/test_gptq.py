@@ -24,6 +24,7 @@ from qat.ptq.rtn import rtn as rtn_method
 
 BF16, F16 = torch.bfloat16, torch.float16
 Q = "model.layers.0.self_attn.q_proj"
+UP = "model.layers.0.mlp.up_proj"
 SCHEMES = [
     Scheme(IntGrid(bits), granularity, symmetric)
     for bits in gptq.BITS
@@ -176,6 +177,19 @@ def test_several_schemes_and_what_is_left_alone_stand_in_dynamic(tmp_path):
     checkpoint = gptq.load(tmp_path / "m")
     assert all(same(checkpoint.tensors[name], tensor) for name, tensor in changes.tensors.items())
     assert "model.layers.1.mlp.up_proj.weight" in checkpoint.plain
+
+
+def test_an_entry_of_dynamic_matches_from_the_beginning_of_a_name_and_the_first_wins(whole):
+    """As GPTQModel reads it, with `re.match`: nothing says where a name ends, but where it begins."""
+    said = json.loads((whole / "config.json").read_text())["quantization_config"]
+    entries = [
+        (r"-:mlp\.up_proj", {}),
+        (r"layers\.0", {"bits": 2}),
+        (r"+:model\.layers\.0", {"bits": 8}),
+        (".*", {"bits": 3}),
+    ]
+    found = gptq.module_schemes(whole / "config.json", {**said, "dynamic": dict(entries)}, [Q, Q.replace("0", "1"), UP])
+    assert [s.grid.bits for s in found.values()] == [8, 3, 8]
 
 
 def test_a_codebook_of_integers_is_written_on_its_integer_grid(tmp_path):

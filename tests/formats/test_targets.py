@@ -93,6 +93,8 @@ def test_a_refusal_names_the_layer_the_value_and_the_fix(target, weight, part, w
 
 def test_any_group_goes_in_fp16():
     assert one("vllm", ints(size=16), dtype="float16").kernel == "Exllama"
+    assert one("vllm", ints(), (576, 576), dtype="float16").kernel == "Marlin or Exllama"
+    assert one("vllm", ints(size=-1), (576, 576), dtype="float16").kernel == "Marlin"  # a channel is no group
     assert one("vllm", ints(size=16), (129, 256), dtype="float16").part == "weight.granularity"  # 8 codes fill a word
 
 

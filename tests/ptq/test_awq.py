@@ -5,12 +5,19 @@ import copy
 import pytest
 import torch
 from tiny import recipe, scheme, tiny
+from tiny_grids import RECIPES
 
 from qat.models.llama import LLAMA
 from qat.nn.observers.minmax import MinMax
 from qat.nn.observers.mse import MSE
+from qat.numerics.affine import qparams, quantize
+from qat.numerics.granularity import PerChannel
+from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
-from qat.ptq.awq import UNHEARD, awq, candidate
+from qat.numerics.scheme import Scheme
+from qat.ptq import awq as module
+from qat.ptq.awq import UNHEARD, awq, candidate, relative_magnitude
+from qat.ptq.awq_clip import clipped_range
 from qat.ptq.rtn import rtn
 from qat.surgery.convert import apply
 
@@ -107,6 +114,89 @@ def test_clipping_touches_neither_queries_nor_keys():
         found[clip] = awq(tiny(), recipe(2), data, observer=MinMax(), grid=2, clip=clip).tensors
     moved = {n for n, t in found[True].items() if not torch.equal(t.scale, found[False][n].scale)}
     assert moved == {n for n in found[True] if not n.endswith(("q_proj", "k_proj"))}
+
+
+@torch.no_grad()
+def heard_by(model, names, data):
+    """What modules are called with, and what they answer, over all batches."""
+    calls = {name: [] for name in names}
+    for name, heard in calls.items():
+        hook = lambda _, args, kwargs, out, heard=heard: heard.append((args, kwargs, out))  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+    for ids in data:
+        model(input_ids=ids)
+    return calls
+
+
+@pytest.mark.parametrize("rules", [recipe(3), RECIPES["nvfp4"]], ids=["int3", "nvfp4"])
+@torch.no_grad()
+def test_the_identitys_loss_is_that_of_round_to_nearest(rules):
+    """Of what each mapping's module computes; divisors of query, key and value, and of gate and up, are shared."""
+    model, data = tiny(layers=1), batches()
+    changes, nearest = awq(model, rules, data, observer=MinMax(), grid=0), rtn(model, rules, [], observer=MinMax())
+    calls = heard_by(copy.deepcopy(model), [f"model.layers.0.{s.inspect}" for s in LLAMA.smoothings], data)
+    for row, smoothing in zip(changes.layers, LLAMA.smoothings, strict=True):
+        rounded, inspect, errors = copy.deepcopy(model), f"model.layers.0.{smoothing.inspect}", []
+        for name in (f"model.layers.0.{linear}" for linear in smoothing.linears):
+            rounded.get_parameter(f"{name}.weight").copy_(nearest.tensors[name].dequantize(torch.float32))
+        for args, kwargs, out in calls[inspect]:
+            own = rounded.get_submodule(inspect)(*args, **kwargs)
+            pairs = [(x[0] if isinstance(x, tuple) else x).double() for x in (own, out)]
+            errors.append((pairs[0] - pairs[1]).square().flatten())
+        assert row["loss"] == row["identity"] == pytest.approx(float(torch.cat(errors).mean()), rel=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_rounded_was_scaled_its_range_clipped_on_the_scaled_inputs_and_its_divisor_shared():
+    """Gate and query from `folded` alone: `W s`, and what arrives once the norm was divided by s."""
+    model, data = uneven(), batches()
+    for rules in (recipe(3), RECIPES["nvfp4"]):
+        changes = awq(model, rules, data, observer=MinMax(), grid=4, clip=True)
+        for first, *others in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("mlp.gate_proj", "mlp.up_proj"),
+        ):
+            g = changes.tensors[f"model.layers.0.{first}"].global_scale
+            for other in others:
+                assert g is None or torch.equal(changes.tensors[f"model.layers.0.{other}"].global_scale, g)
+        gate, norm = "model.layers.0.mlp.gate_proj", "model.layers.0.post_attention_layernorm.weight"
+        s = model.get_parameter(norm) / changes.folded[norm].float()
+        assert float(s.max() / s.min()) > 2
+        calls = heard_by(apply(model, {}, {norm: changes.folded[norm]}), [gate], data)[gate]
+        x = torch.cat([args[0].flatten(0, 1) for args, _, _ in calls])
+        tensor, weight = changes.tensors[gate], model.get_parameter(f"{gate}.weight") * s
+        knobs = tensor.scheme, MinMax(), torch.bfloat16, tensor.global_scale
+        scale, _ = qparams(*clipped_range(weight, x.T @ x / len(x), *knobs), knobs[0], *knobs[2:])
+        assert torch.equal(tensor.scale.float(), scale.float())
+        assert torch.equal(tensor.codes, quantize(weight, scale, None, knobs[0].grid, knobs[3]))
+
+
+@pytest.mark.parametrize(("grid", "ratios"), [(1, [0]), (3, [0, 0.5, 1])])
+def test_ratios_reach_from_0_to_1(grid, ratios, monkeypatch):
+    tried = []
+    monkeypatch.setattr(module, "candidate", lambda x, w, ratio, duo: tried.append(ratio) or torch.ones_like(x))
+    awq(tiny(layers=1), recipe(3), batches(), observer=MinMax(), grid=grid)
+    assert tried == ratios * len(LLAMA.smoothings)
+
+
+def test_an_output_that_overflows_names_the_mapping():
+    model = tiny(layers=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 1e38
+    where = (
+        r"^model\.layers\.0\.post_attention_layernorm -> mlp\.gate_proj, mlp\.up_proj: rounded to nearest, its output"
+    )
+    with pytest.raises(ValueError, match=where):
+        awq(model, recipe(3), batches(), observer=MinMax(), grid=2)
+
+
+def test_relative_magnitude_is_that_of_its_definition():
+    """`mean over rows of |w| / max |w| of its group`, rows of all linears together, each with groups of its own."""
+    weights = {"a": torch.randn(3, 64), "b": torch.randn(5, 64) * 100}
+    schemes = {"a": scheme(4, 16), "b": Scheme(IntGrid(4), PerChannel())}
+    rows = [row[i : i + 16].abs() / row[i : i + 16].abs().max() for row in weights["a"] for i in range(0, 64, 16)]
+    rows = [*torch.cat(rows).view(3, 64), *(row.abs() / row.abs().max() for row in weights["b"])]
+    assert torch.allclose(relative_magnitude(weights, schemes), torch.stack(rows).mean(0), rtol=1e-5)
 
 
 def test_candidates_are_centred_and_finite():

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny import scheme
 
+from qat.nn.observers.base import Observer
 from qat.nn.observers.minmax import MinMax
 from qat.nn.observers.mse import MSE
-from qat.numerics.affine import dequantize, qparams, quantize
+from qat.numerics.affine import dequantize, qparams, quantize, ranges
 from qat.numerics.granularity import PerChannel, PerTensor
 from qat.numerics.grid import IntGrid
 from qat.numerics.scheme import Scheme
@@ -35,6 +36,21 @@ def test_a_clipped_range_never_loses_to_the_observers(how, observer):
     assert bool((errors[0] <= errors[1] * (1 + 1e-4)).all())
     if how.grid.bits == 2 or how.symmetric is False or observer != MinMax():
         assert errors[0].sum() < errors[1].sum()
+
+
+class Tenth(Observer):
+    """A range that nobody would serve: a tenth of each group's."""
+
+    def observe(self, x, scheme, dtype, g=None):
+        low, high = ranges(x, scheme)
+        return low / 10, high / 10
+
+
+@pytest.mark.parametrize("how", SCHEMES, ids=str)
+def test_what_shrinks_is_the_groups_own_range_whatever_the_observers(how):
+    weight, x = torch.randn(16, 64), torch.randn(100, 64)
+    found, own = (clipped_range(weight, x.T @ x / 100, how, o, torch.bfloat16) for o in (Tenth(), MinMax()))
+    assert all(torch.equal(a, b) for a, b in zip(found, own, strict=True))
 
 
 def test_queries_and_keys_are_exempt():

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from tiny import scheme
+from tiny_grids import PAIRS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat.nn.observers.minmax import MinMax
@@ -12,6 +13,7 @@ from qat.nn.observers.mse import MSE
 from qat.numerics.affine import qparams, quantize, ranges
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
 from qat.numerics.grid import IntGrid
+from qat.numerics.levels import decode
 from qat.numerics.qtensor import consecutive
 from qat.numerics.scheme import Scheme
 from qat.ptq.gptq_solver import (
@@ -29,6 +31,8 @@ SCHEMES = [
     Scheme(IntGrid(2), PerChannel()),
     Scheme(IntGrid(8), PerTensor()),
 ]
+
+FLOATS = [PAIRS[name][0] for name in ("nvfp4", "mxfp4", "fp8")]
 
 
 def problem(rows=24, columns=64, tokens=200, seed=0, dtype=torch.float32):
@@ -101,6 +105,42 @@ def test_equals_optimal_brain_quantization(scheme, act_order):
             result.abs().max()
         )
         assert row["fallback"] is None
+
+
+@pytest.mark.parametrize("act_order", ["none", "static", "group"])
+@pytest.mark.parametrize("scheme", FLOATS, ids=str)
+def test_on_floating_point_levels_it_is_the_plain_loop(scheme, act_order):
+    """One column after the other, each on `s_b / g` with one g for the whole weight; H = c I takes every column alone.
+
+    The loss is that of the error which the loop hands on, and so `1/2 tr(dW H dW^T)`.
+    """
+    weight, _, hessian = problem(dtype=torch.float64)
+    weight[3] *= 8  # the largest element, of which g is, is not in the first row
+    g = 448 * scheme.grid.high / weight.abs().max().float().reshape(1) if scheme.two_level else None
+    scale, _ = qparams(*ranges(weight, scheme), scheme, torch.bfloat16, g)
+    s = (scale.float() if g is None else scale.float() / g).double().repeat_interleave(64 // scale.shape[1], 1)
+    levels = decode(torch.arange(256 if scheme.grid.name == "e4m3" else 16, dtype=torch.uint8), scheme.grid).double()
+    levels = levels[levels.isfinite()]
+    size = scheme.granularity.group_size if isinstance(scheme.granularity, PerGroup) else 64
+    damped = hessian + torch.eye(64).double() * 0.01 * hessian.diagonal().mean()
+    for white in (False, True):
+        h = torch.eye(64).double() * 3.7 if white else hessian
+        rest, result = weight.clone(), torch.empty_like(weight)
+        left = order = column_order(h.diagonal(), act_order, size).tolist()
+        for c in order:
+            result[:, c] = levels[(rest[:, c : c + 1] / s[:, c : c + 1] - levels).abs().argmin(1)]
+            inverse, left = torch.linalg.inv((h if white else damped)[left][:, left]), left[1:]
+            error = (rest[:, c] - result[:, c] * s[:, c]) / inverse[0, 0]
+            rest[:, left] -= error[:, None] * inverse[0, 1:]
+        tensor, row = quantize_weight(weight, h, scheme, observer=MinMax(), act_order=act_order)
+        assert torch.equal(decode(tensor.codes, scheme.grid).double(), result)
+        assert torch.equal(tensor.scale.float(), scale.float())
+        assert g is None or torch.equal(tensor.global_scale, g)
+        if white:
+            assert torch.equal(tensor.codes, quantize(weight, scale, None, scheme.grid, g))
+        else:
+            change = result * s - weight
+            assert row["loss"] == pytest.approx(float(((change @ damped) * change).sum() / 2), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +317,16 @@ def test_without_any_factor_it_falls_back_to_rtn_and_says_so():
     scale, _ = MinMax().qparams(weight, SCHEMES[0], torch.bfloat16)
     assert torch.equal(tensor.codes, quantize(weight, scale, None, SCHEMES[0].grid))
     assert "no Cholesky factor at damping 1.0" in row["fallback"]
+
+
+def test_a_fallback_makes_up_for_no_inputs_either():
+    """Under GPTAQ, too, it is round to nearest: without a factor nobody knows what to hand on."""
+    weight, _, _, _, cross = unequal_inputs()
+    knobs = {"observer": MinMax(), "cross_II": cross, "asymmetry": 1.0}
+    tensor, row = quantize_weight(weight, torch.zeros(64, 64).double(), SCHEMES[0], **knobs)
+    scale, _ = MinMax().qparams(weight, SCHEMES[0], torch.bfloat16)
+    assert row["fallback"]
+    assert torch.equal(tensor.codes, quantize(weight, scale, None, SCHEMES[0].grid))
 
 
 def test_a_zero_hessian_is_a_reported_fallback():

@@ -21,7 +21,8 @@ from qat.ptq import smoothquant as module
 from qat.ptq.gptq import gptq
 from qat.ptq.rtn import rtn
 from qat.ptq.smoothquant import divergence, smoothed, smoothquant
-from qat.surgery.convert import apply
+from qat.surgery.calibrate import calibrate
+from qat.surgery.convert import apply, quantize_inputs
 from qat.surgery.match import match
 
 NORMS = [s.previous for s in LLAMA.smoothings if "norm" in s.previous]
@@ -114,6 +115,40 @@ def test_the_winner_has_the_least_divergence_as_served(monkeypatch):
         assert changes.layers[0]["identity"] == row[()]
     assert row[(0.4, 0.7)] == min(row.values())
     assert row[(0.4,)] != row[(0.7,)]
+
+
+def test_scales_are_equation_4_over_all_batches_and_all_linears_of_a_norm():
+    """`s_j = max|X_j|^a / max|W_j|^(1-a)`, seen in the norms that absorbed it."""
+    model, data, heard = outliers(), batches(), {}
+    changes = smoothquant(model, inputs(bits=4), data, observer=MinMax(), alphas=[0.7])
+    assert changes.layers[0]["alpha"] == 0.7
+    seen = copy.deepcopy(model)
+    for name in changes.folded:
+        norm = name.removesuffix(".weight")
+        seen.get_submodule(norm).register_forward_hook(
+            lambda _, args, out, key=name: heard.setdefault(key, []).append(out)
+        )
+    for ids in data:
+        seen(input_ids=ids)
+    for name, found in changes.folded.items():
+        block, _, norm = name.removesuffix(".weight").rpartition(".")
+        (linears,) = (s.linears for s in LLAMA.smoothings if s.previous == norm)
+        columns = torch.stack([model.get_parameter(f"{block}.{linear}.weight").abs().amax(0) for linear in linears])
+        x, w = torch.cat(heard[name]).flatten(0, 1).abs().amax(0), columns.amax(0)
+        assert int((columns[0] < w).sum()) > 8
+        expected = model.get_parameter(name) * w.pow(0.3) / x.pow(0.7)
+        assert torch.allclose(found.float(), expected, rtol=2**-8)  # rounded to bf16
+
+
+def test_static_ranges_are_calibrated_on_all_batches():
+    """Three batches that differ: the loss is that of a model whose ranges saw them all."""
+    model, rules = outliers(factor=8), inputs(STATIC)
+    data = list(torch.randint(0, 256, (3, 24)).split(1))
+    changes = smoothquant(model, rules, data, observer=MinMax(), alphas=[])
+    served = apply(model, changes.tensors, changes.folded)
+    quantize_inputs(served, rules, {})
+    calibrate(served, data)
+    assert changes.layers[0]["loss"] == pytest.approx(divergence(model, served, data), rel=1e-6)
 
 
 def test_a_strength_that_only_hurts_is_not_taken():

@@ -40,6 +40,22 @@ def test_a_rotation_leaves_the_function_alone(name, parts, kind):
     assert torch.allclose(after, logits(model), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+def test_each_block_has_a_rotation_of_its_own_for_all_of_its_value_heads(kind):
+    """R2, found from the weights: `V' = R^T V`."""
+    model, found = family("llama"), []
+    moved = rotated(model, kind, False, True, seed=0)
+    size = model.model.layers[0].self_attn.head_dim
+    for name in (f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)):
+        before, after = (w.double().unflatten(0, (-1, size)) for w in (model.get_parameter(name), moved[name]))
+        matrices = (after @ torch.linalg.pinv(before)).mT
+        assert len(matrices) == 2
+        assert torch.allclose(matrices[0], matrices[1], atol=1e-8)
+        assert torch.allclose(matrices[0] @ matrices[0].T, torch.eye(size).double(), atol=1e-8)
+        found.append(matrices[0])
+    assert float((found[0] - found[1]).abs().max()) > 0.1
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_everything_that_touches_the_stream_moves_and_nothing_else(name):
     model = family(name, tie_word_embeddings=False)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import recipe, tiny
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, masking_utils
 
 from qat.nn.observers.minmax import MinMax
 from qat.numerics.affine import rtn
@@ -253,6 +253,32 @@ def test_hidden_states_that_are_not_finite_name_the_block():
 
     with pytest.raises(ValueError, match=r"model\.layers\.1: its output is not finite"):
         walk(model, BATCHES, "model.layers", visit, True, recipe())
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_states_of_any_batch_that_are_not_finite_name_the_block(batch):
+    def visit(block):
+        block.inputs[batch].fill_(float("nan"))
+        return Changes()
+
+    assert len(BATCHES) == 3
+    with pytest.raises(ValueError, match=r"model\.layers\.0: its output is not finite"):
+        walk(tiny(), BATCHES, "model.layers", visit, True, recipe())
+
+
+def test_blocks_get_no_mask_for_whole_windows(monkeypatch):
+    """transformers asks the device for packed sequences, or builds a dense mask where something traces."""
+    model, masks = tiny(), []
+
+    def visit(block):
+        masks.extend(kwargs["attention_mask"] for kwargs in block.kwargs)
+        return Changes()
+
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *args: True)
+    name = model.config._attn_implementation
+    walk(model, BATCHES, "model.layers", visit, True, recipe())
+    assert masks == [None] * 2 * len(BATCHES)
+    assert model.config._attn_implementation == name
 
 
 def test_a_tensor_of_a_block_that_is_not_finite_is_named_before_its_visit():
