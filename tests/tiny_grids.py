@@ -45,6 +45,14 @@ def thousand_seeds(rows=4, columns=32, alike=False):
     return x
 
 
+def extremes(columns=32):
+    """Rows of fp32 from its least number, over subnormal ones, to its largest."""
+    x = torch.randn(276, columns, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    x = torch.ldexp(x, torch.arange(-149, 127)[:, None])
+    largest = torch.finfo(torch.float32).max * torch.tensor([1.0, 0.9, 0.8, -1.0])[:, None]
+    return torch.cat([x, largest.expand(4, columns)])
+
+
 LM_HEAD = Rule("lm_head", None)
 INT8, E4M3, E2M1 = IntGrid(8), FloatGrid("e4m3"), FloatGrid("e2m1")
 ROWS = Scheme(INT8, PerChannel())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_grids import DTYPES, OTHERS, bits, thousand_seeds
+from tiny_grids import DTYPES, OTHERS, bits, extremes, thousand_seeds
 
 from qat.kernels.fake_quant import fake_quantize
 from qat.kernels.fp4 import linear, mx, nvfp4, round_e2m1
@@ -40,6 +40,18 @@ def test_weights_and_activations_are_the_references_over_a_thousand_seeds(name, 
         assert torch.equal(bits(found), bits(wanted))
         packed = QuantizedTensor(codes, scale, None, scheme, (200, 64), g)
         assert torch.equal(bits(packed.dequantize(dtype)), bits(wanted))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_so_are_the_least_and_the_largest(name):
+    x, scheme = extremes(), OTHERS[name]
+    x = x[x.abs().amax(1) < 1.75 * 2.0**127]  # from there on they count as 2**128, which fp32 lacks
+    codes, scale, _ = rtn(x, scheme, torch.bfloat16)
+    levels, expected = REFERENCES[name](x)
+    assert torch.equal(scale.float(), expected)
+    found = QuantizedTensor(codes, scale, None, scheme, tuple(x.shape)).dequantize(torch.float32)
+    assert bool(torch.isfinite(found).all())
+    assert torch.equal(bits(found), bits(levels * expected))
 
 
 @pytest.mark.parametrize("name", REFERENCES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_grids import DTYPES, bits, thousand_seeds
+from tiny_grids import DTYPES, bits, extremes, thousand_seeds
 
 from qat.kernels.fp8 import linear, quantize_tokens, round_e4m3
 from qat.nn.estimators import Clipped
@@ -34,6 +34,15 @@ def test_activations_are_the_references_over_a_thousand_seeds(static, dtype):
     found = quant(x, dtype)
     levels, scale = quantize_tokens(x, quant.scale if static else None)
     assert torch.equal(bits(found), bits((levels * scale[:, None]).to(dtype)))
+
+
+def test_so_are_the_least_and_the_largest():
+    x = extremes()
+    quant = FakeQuantize(
+        Scheme(E4M3, PerToken(), dynamic=True), None, MinMax(), Clipped(), torch.float32, "x", running=True
+    )
+    levels, scale = quantize_tokens(x)
+    assert torch.equal(bits(quant(x, torch.float32)), bits(levels * scale[:, None]))
 
 
 @pytest.mark.parametrize("granularity", [PerChannel(), PerTensor()], ids=str)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_grids import DTYPES, bits, thousand_seeds
+from tiny_grids import DTYPES, bits, extremes, thousand_seeds
 
 from qat.kernels.w8a8 import linear, quantize_tokens
 from qat.nn.estimators import LSQ, Clipped
@@ -29,6 +29,14 @@ def test_activations_are_the_references_over_a_thousand_seeds(convention, dtype)
     quant = FakeQuantize(token(convention), None, MinMax(), Clipped(), torch.bfloat16, "x", running=True)
     codes, scale = quantize_tokens(x, REACH[convention])
     assert torch.equal(bits(quant(x, dtype)), bits((codes.float() * scale[:, None]).to(dtype)))
+
+
+@pytest.mark.parametrize("convention", REACH)
+def test_so_are_the_least_and_the_largest(convention):
+    x = extremes()
+    quant = FakeQuantize(token(convention), None, MinMax(), Clipped(), torch.bfloat16, "x", running=True)
+    codes, scale = quantize_tokens(x, REACH[convention])
+    assert torch.equal(bits(quant(x, torch.float32)), bits(codes.float() * scale[:, None]))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

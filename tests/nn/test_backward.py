@@ -59,6 +59,34 @@ def test_what_is_not_wanted_is_not_there():
     assert torch.equal(fake_quantize_backward(grad, x, s, "int4", intern(LSQ()), 32, (True, False, False))[0], dx)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("estimator", [LSQPlus(False), EfficientQAT()])
+def test_gradients_are_autograds_in_float64_with_a_learned_zero_point_and_in_every_dtype(estimator, dtype):
+    """s stays as it was served, whatever x is in, and z is the one that moved."""
+
+    def rounded(value):
+        return value + (torch.round(value) - value).detach()
+
+    grad, x, s0 = torch.randn(16, 2, 32), torch.randn(16, 2, 32).to(dtype), torch.rand(16, 2) / 4 + 0.1
+    zero, step = torch.randint(-4, 4, (16, 2), dtype=torch.int8), torch.randn(16, 2) * 3
+    w, log = x.double().requires_grad_(), torch.zeros(16, 2, 1, dtype=torch.float64, requires_grad=True)
+    shift = step.double().unsqueeze(-1).requires_grad_()
+    s, z = s0.double().unsqueeze(-1) * log.exp(), rounded(zero.unsqueeze(-1) + shift)
+    z = z + (z.clamp(-8, 7) - z).detach()
+    if estimator == EfficientQAT():
+        result = (torch.clamp(rounded(w / s) + z, -8, 7) - z) * s
+    else:
+        result = rounded(torch.minimum(torch.maximum(w / s, -8 - z), 7 - z)) * s
+    result.backward(grad.double())
+    flat, wanted = (16, 64), (True, True, True)
+    found = backward_reference(grad.view(flat), x.view(flat), s0, zero, step, None, IntGrid(4), estimator, 32, wanted)
+    assert torch.allclose(found[0].double().view(x.shape), w.grad, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-6)
+    assert bool((found[0] == 0).any())
+    for ours, theirs in zip(found[1:], (log.grad, shift.grad), strict=True):
+        assert bool(theirs.any())
+        assert torch.allclose(ours.double(), theirs.squeeze(-1), rtol=1e-5, atol=1e-5)
+
+
 def test_the_operator_is_well_formed():
     grad, x, s = torch.randn(16, 64), torch.randn(16, 64), torch.rand(16, 2) + 0.1
     zero, step = torch.ones(16, 2, dtype=torch.int8), torch.randn(16, 2)

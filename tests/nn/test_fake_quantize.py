@@ -60,6 +60,17 @@ def test_observe_follows_frozen_stays():
         assert torch.equal(quant.scale, 2 * before)
 
 
+def test_what_was_learned_is_forgotten_by_an_observation():
+    quant, w = make(LSQPlus(), symmetric=False), torch.randn(16, 64)
+    with torch.no_grad():
+        quant.log_step.normal_()
+        quant.zero_step.normal_(0, 4)
+    quant.observe(w)
+    assert not quant.log_step.any()
+    assert not quant.zero_step.any()
+    assert torch.equal(quant.codes(w), rtn(w, quant.scheme, torch.bfloat16)[0])
+
+
 def test_learn_trains_scale_and_master_only_if_the_estimator_can():
     for estimator, learns in ((LSQ(), True), (Clipped(), False), (StraightThrough(), False)):
         quant, w = make(estimator), torch.randn(16, 64, requires_grad=True)
@@ -195,6 +206,19 @@ def test_a_running_range_is_that_of_all_batches():
     for size in (1.0, 3.0):
         averaged(torch.tensor([[-size, size / 2]]), F32)
     assert float(averaged.scale) == pytest.approx(2.0 / 127.5)
+
+
+def test_lsqs_n_of_an_activation_is_its_features_whatever_the_batch():
+    """So that the rate of a scale is not that of the batch's size (arXiv:1902.08153, section 2.2)."""
+    for shape in ((2, 5, 64), (3, 7, 64)):
+        x, grad, found = torch.randn(shape), torch.randn(shape), []
+        for estimator in (LSQ(), LSQ(False)):
+            quant = static(MinMax(), estimator)
+            quant(x / 2, F32)
+            quant.phase = Phase.LEARN
+            quant(x, F32).backward(grad)
+            found.append(quant.log_step.grad)
+        assert torch.allclose(found[0], found[1] / (64 * 127) ** 0.5, rtol=1e-5)
 
 
 def test_a_running_range_stands_still_in_evaluation_and_in_recomputation():

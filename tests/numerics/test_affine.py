@@ -4,8 +4,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+from tiny_grids import OTHERS
 
-from qat.numerics.affine import dequantize, qparams, quantize, ranges, round_scale, rtn
+from qat.numerics.affine import dequantize, divisor, qparams, quantize, ranges, round_scale, rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import IntGrid
 from qat.numerics.scheme import Scheme
@@ -118,6 +119,16 @@ def test_what_is_not_finite_is_an_error(value):
 def test_a_scale_beyond_its_dtype_is_an_error():
     with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
         rtn(torch.full((1, 4), 1e6), Scheme(IntGrid(2), PerChannel()), torch.float16)
+
+
+def test_a_tensor_too_small_for_its_divisor_is_still_rounded():
+    """448 * 6 / amax is beyond fp32; the largest number takes its place, and scales reach down to it."""
+    x = torch.tensor([[1e-37, -5e-38, 2.5e-38, 0.0] * 4])
+    g = divisor((x,), OTHERS["nvfp4"])
+    assert float(g) == torch.finfo(torch.float32).max
+    codes, scale, _ = rtn(x, OTHERS["nvfp4"], torch.bfloat16, g)
+    back = dequantize(codes, scale, None, torch.float32, OTHERS["nvfp4"].grid, g)
+    assert bool(((back - x).abs() <= 0.25 * x.abs()).all())
 
 
 def test_a_scheme_may_fix_the_dtype_of_its_scale():

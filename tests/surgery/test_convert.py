@@ -39,6 +39,7 @@ def test_the_served_graph_is_the_trained_graph(symmetric, tied, embeddings):
     tensors, folded = convert(student)
     assert all(value.dtype == torch.bfloat16 for value in folded.values())
     assert ("model.embed_tokens.weight" in folded) is embeddings
+    assert ("lm_head.weight" in folded) is not tied  # a table that is tied is stored once
     model = tiny(tied=tied)
     before = copy.deepcopy(model.state_dict())
     served = apply(model, tensors, folded)

@@ -1,5 +1,7 @@
 """Training starts with exactly the codes that a method found."""
 
+import math
+
 import pytest
 import torch
 from tiny import embedded, recipe, scattered, scheme, tiny
@@ -65,6 +67,7 @@ def test_a_table_that_was_moved_and_does_not_train_is_converted(tied):
     tensors, folded = convert(student)
     assert folded.keys() >= changes.folded.keys() >= {"model.embed_tokens.weight"}
     assert all(torch.equal(folded[name], value) for name, value in changes.folded.items())
+    assert {folded[name].dtype for name in changes.folded} == {torch.bfloat16}  # `equal` says nothing of dtypes
     served = apply(model, tensors, folded)
     assert torch.equal(student(input_ids=IDS).logits, served(input_ids=IDS).logits)
     student(input_ids=IDS).logits.square().mean().backward()
@@ -124,6 +127,17 @@ def test_codes_that_would_be_others_are_found(monkeypatch):
     with pytest.raises(
         AssertionError, match=r"model\.layers\.0\.mlp\.up_proj: training would not start from the codes"
     ):
+        start_from(student, changes)
+
+
+def test_the_same_codes_on_other_scales_are_found():
+    """A master and its scale, both twice as large: no code says so."""
+    changes = rtn(tiny(), recipe(3), [], observer=MinMax())
+    name, student = "model.layers.0.mlp.up_proj", tiny()
+    changes.state[f"{name}.weight"] = 2 * changes.tensors[name].dequantize(torch.float32)
+    changes.state[f"{name}.weight_fake_quant.log_step"] = torch.full((128, 2), math.log(2))
+    prepare(student, recipe(3), MinMax(), LSQ())
+    with pytest.raises(AssertionError, match=r"^model\.layers\.0\.mlp\.up_proj: nor from their scales"):
         start_from(student, changes)
 
 

@@ -5,15 +5,15 @@ import pytest
 import torch
 from tiny import recipe, tiny
 
-from qat.nn.estimators import LSQ, StraightThrough
+from qat.nn.estimators import LSQ, LSQPlus, StraightThrough
 from qat.nn.observers.minmax import MinMax
 from qat.surgery.prepare import fake_quants, prepare
 from qat.training.optim import Optim
 
 
-def groups(estimator=None, **kwargs):
+def groups(estimator=None, symmetric=True, **kwargs):
     student = tiny()
-    prepare(student, recipe(), MinMax(), estimator or LSQ())
+    prepare(student, recipe(symmetric=symmetric), MinMax(), estimator or LSQ())
     optimizer, schedule = Optim(**kwargs).build(student, 100)
     return student, {g["name"]: g for g in optimizer.param_groups}, schedule
 
@@ -34,6 +34,14 @@ def test_rates_and_decay_are_those_of_the_group():
     assert {n: (g["initial_lr"], g["weight_decay"]) for n, g in found.items()} == {
         "weights": (0.1, 0.3), "vectors": (0.1, 0.0), "scales": (0.2, 0.0)
     }  # fmt: skip
+
+
+def test_zero_points_train_as_scales_do():
+    """At their rate, and without decay, which would draw them to where they were observed."""
+    student, found, _ = groups(LSQPlus(), symmetric=False)
+    steps = [p for n, p in student.named_parameters() if n.endswith((".log_step", ".zero_step"))]
+    assert len(steps) == 28
+    assert {id(p) for p in found["scales"]["params"]} == {id(p) for p in steps}
 
 
 def test_without_learned_scales_there_is_no_group_for_them():
