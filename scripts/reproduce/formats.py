@@ -27,6 +27,7 @@ from qat.cli.rundir import git, versions  # noqa: E402
 MIXED = "scripts/reproduce/mixed.yaml"
 COMMON = ["method=rtn", "calibration.samples=2", "calibration.seq_len=256", "evaluation.windows=1",
           "evaluation.seq_len=256", "generate.max_tokens=1", "logger=none", "device=cpu", "resume=never"]  # fmt: skip
+SHORT = ("observer=short", "method.observer=${observer}")
 WEIGHT = "recipe.rules.linears.weight"
 COLUMNS = {"bits": ("bits_per_quantized_weight", ".2f"), "MB": ("mb", ".1f"), "engine": ("engine_logit_diff", ".1e"),
            "other readers": ("reader_logit_diff", ".1e"), "seconds": ("seconds", ".0f")}  # fmt: skip
@@ -56,6 +57,7 @@ CELLS = (
     *(_weights(bits, symmetric) for bits in (4, 3, 2) for symmetric in (True, False)),
     *(_weights(4, symmetric, name) for name in ("gptq", "awq") for symmetric in (True, False)),
     *(_weights(bits, symmetric, "gguf", 32) for bits, symmetric in ((4, True), (8, True), (4, False))),
+    Cell("w4a16_g32_asym gguf observer=short", (*_weights(4, False, "gguf", 32).overrides, *SHORT)),
 )
 
 
