@@ -63,7 +63,7 @@ def test_what_the_json_holds_is_not_made_again_and_what_fails_is_said(tmp_path, 
 
     asked, verdicts = [], {"w8a8": "VERIFIED", "fp8": "refused", "w4a8": "FAILED"}
 
-    def made(cell, work):
+    def made(cell, work, again):
         asked.append(cell.name)
         return {"cell": cell.name, "verdict": verdicts[cell.name], "mb": 12.34, "seconds": 3.0}
 
@@ -83,7 +83,7 @@ def test_a_command_that_writes_nothing_is_refused_only_for_the_known_reason(tmp_
 
     monkeypatch.setattr(formats, "qat", lambda *_: "qat ptq: q_proj: a scale is none that fp16 holds")
     (known,) = (cell for cell in formats.CELLS if cell.refused)
-    assert formats.made(known, tmp_path)["verdict"] == "refused"
-    assert formats.made(formats.CELLS[0], tmp_path)["verdict"] == "FAILED"
+    assert formats.made(known, tmp_path, False)["verdict"] == "refused"
+    assert formats.made(formats.CELLS[0], tmp_path, True)["verdict"] == "FAILED"
     monkeypatch.setattr(formats, "qat", lambda *_: "MemoryError")
-    assert formats.made(known, tmp_path)["verdict"] == "FAILED"
+    assert formats.made(known, tmp_path, False)["verdict"] == "FAILED"
