@@ -90,8 +90,8 @@ def read_export(path: Path, said: str) -> Row:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     size = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
     named = [config[key] for key in ("quant_method", "format", "checkpoint_format") if key in config]
-    bits = summary["arms"]["rtn"]["bits_per_quantized_weight"]
-    return {"format": " ".join(named), "bits_per_quantized_weight": bits, "mb": size / 1e6} | judged(certificate, said)
+    arm = {key: summary["arms"]["rtn"][key] for key in ("bits_per_quantized_weight", "kl")}
+    return {"format": " ".join(named), **arm, "mb": size / 1e6} | judged(certificate, said)
 
 
 def judged(certificate: dict[str, Any], said: str) -> Row:
