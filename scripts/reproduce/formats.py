@@ -132,7 +132,10 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="`qat verify` as well")
     parser.add_argument("cells", nargs="*", help="default: all")
     given = parser.parse_args()
-    cells = [cell for cell in CELLS if not given.cells or cell.name in given.cells]
+    named = {cell.name: cell for cell in CELLS}
+    if unknown := set(given.cells) - set(named):
+        parser.error(f"no cell {min(unknown)}; there are: {', '.join(named)}")
+    cells = [named[name] for name in given.cells or named]
     for cell in cells:
         content = read(given.json)
         if any(row["cell"] == cell.name for row in content["rows"]):
