@@ -1,6 +1,7 @@
 """The table of formats: every cell is a command that composes, and a verdict is what the certificate says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def test_every_cell_composes_and_binds():
 
     assert len({cell.name for cell in formats.CELLS}) == len(formats.CELLS)
     for cell in formats.CELLS:
+        assert re.fullmatch(r"[\w ]+", cell.name), "it names a folder, which an override names"
         config, problems = validate(VERBS["ptq"], [*formats.COMMON, *cell.overrides], Tree.of([]), files=False)
         assert not problems, (cell, problems)
         assert config["method"]["_target_"] == "qat.ptq.rtn.rtn"

@@ -53,11 +53,11 @@ CELLS = (
     *(Cell(name, (f"recipe={name}",)) for name in ("w8a8", "w8a8_static", "w4a8", "fp8", "fp8_static")),
     *(Cell(name, (f"recipe={name}",)) for name in ("nvfp4a16", "nvfp4", "mxfp4a16", "mxfp8", "w4a16_channel")),
     Cell("mixed", ("recipe=scripts/reproduce/mixed.yaml",)),
-    Cell("w4a16_g64 kv=int8", ("recipe=w4a16_g64", "kv=int8")),
+    Cell("w4a16_g64 int8 cache", ("recipe=w4a16_g64", "kv=int8")),
     *(_weights(bits, symmetric) for bits in (4, 3, 2) for symmetric in (True, False)),
     *(_weights(4, symmetric, name) for name in ("gptq", "awq") for symmetric in (True, False)),
     *(_weights(bits, symmetric, "gguf", 32) for bits, symmetric in ((4, True), (8, True), (4, False))),
-    Cell("w4a16_g32_asym gguf observer=short", (*_weights(4, False, "gguf", 32).overrides, *SHORT)),
+    Cell("w4a16_g32_asym gguf short", (*_weights(4, False, "gguf", 32).overrides, *SHORT)),
 )
 
 
@@ -134,7 +134,7 @@ def main() -> int:
     given = parser.parse_args()
     named = {cell.name: cell for cell in CELLS}
     if unknown := set(given.cells) - set(named):
-        parser.error(f"no cell {min(unknown)}; there are: {', '.join(named)}")
+        parser.error(f"no cell {min(unknown)}; one of {', '.join(named)}")
     cells = [named[name] for name in given.cells or named]
     for cell in cells:
         content = read(given.json)
