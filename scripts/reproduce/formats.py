@@ -45,8 +45,11 @@ class Cell:
 def _weights(bits: int, symmetric: bool, format: str = "compressed_tensors", size: int = 64) -> Cell:
     own = [f"{WEIGHT}.grid.bits={bits}", f"{WEIGHT}.granularity.group_size={size}", f"{WEIGHT}.symmetric={symmetric}"]
     refused = "is none that fp16 holds" if (format, symmetric) == ("gguf", False) else None
-    name = f"w{bits}a16_g{size}" + ("" if symmetric else "_asym")
-    return Cell(f"{name} {format}", ("recipe=w4a16_g64", *own, f"format={format}"), refused)
+    return Cell(
+        f"w{bits}a16_g{size}{'' if symmetric else '_asym'} {format}",
+        ("recipe=w4a16_g64", *own, f"format={format}"),
+        refused,
+    )
 
 
 CELLS = (
@@ -118,8 +121,7 @@ def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = [["cell", "format", "verdict", *COLUMNS], ["---"] * (3 + len(COLUMNS))]
     for row in rows:
-        values = [(row.get(key), how) for key, how in COLUMNS.values()]
-        cells = ["—" if value is None else format(value, how) for value, how in values]
+        cells = ["—" if row.get(key) is None else format(row[key], how) for key, how in COLUMNS.values()]
         lines.append([f"`{row['cell']}`", row.get("format", "—"), row["verdict"], *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -130,7 +132,7 @@ def main() -> int:
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/formats"))
     parser.add_argument("--again", action="store_true", help="`qat verify` as well")
-    parser.add_argument("cells", nargs="*", help="default: all")
+    parser.add_argument("cells", nargs="*")
     given = parser.parse_args()
     named = {cell.name: cell for cell in CELLS}
     if unknown := set(given.cells) - set(named):
@@ -143,8 +145,7 @@ def main() -> int:
         row = made(cell, given.work.absolute(), given.again)
         write(given.json, {"meta": {"common": COMMON, "versions": versions()}, "rows": [*content["rows"], row]})
         print(f"{cell.name}: {row['verdict']}, {row['seconds']:.0f} s", flush=True)
-    held = {row["cell"]: row for row in read(given.json)["rows"]}
-    mine = [held[cell.name] for cell in cells]
+    mine = [next(row for row in read(given.json)["rows"] if row["cell"] == cell.name) for cell in cells]
     print(f"\n<!-- from: {given.json} -->\n{table(mine)}")
     return 0 if mine and all(row["verdict"] in ("VERIFIED", "refused") for row in mine) else 1
 
