@@ -256,8 +256,15 @@ def widths(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"{where}.weight.grid", str(error))
 
 
+def _trains(method: Any) -> bool:
+    """Whether a method, or one that goes on after it, has an estimator."""
+    return isinstance(method, dict) and ("estimator" in method or _trains(method.get("then")))
+
+
 def estimators(config: dict[str, Any], recipe: Recipe) -> Iterator[Problem]:
-    """An estimator learns what the schemes have."""
+    """An estimator learns what the schemes have; in `qat ptq` none does, unless the method trains."""
+    if config.get("verb") == "ptq" and not _trains(at(config, "method")):
+        return
     kinds = {key: str(at(config, f"{key}._target_")).rpartition(".")[2] for key in ("estimator", "input_estimator")}
     for where, rule in _weight_rules(recipe):
         schemes = {"estimator": ("weight", rule.weight), "input_estimator": ("input", rule.input)}

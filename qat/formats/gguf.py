@@ -9,7 +9,7 @@ A block is 32 consecutive in-features of a row; codes c are unsigned in four bit
 Symmetric 4 bits are Q4_0, asymmetric ones Q4_1 with m = -d * z, symmetric 8 bits Q8_0. Larger groups, channels and
 whole tensors repeat their scale, which changes no value. fp16 has to hold every d and m exactly, or the module is
 refused: then what any reader decodes is, to the last bit, what was found. The product d * z often needs a bit more than
-fp16 has, so few asymmetric checkpoints pass.
+fp16 has, so few asymmetric checkpoints pass, but those whose scales `nn/observers/short.py` found.
 
 Other tensors are F32 (norms, biases: llama.cpp wants them so) or in the storage dtype; all exact.
 
@@ -198,7 +198,7 @@ def _minimum(name: str, tensor: QuantizedTensor) -> Tensor:
         zero, scale = int(tensor.zero_point[off][0]) + 8, float(tensor.scale[off][0])
         raise ValueError(
             f"{name}: the zero {zero} times the scale {scale!r} is none that fp16 holds, in which Q4_1 stores it. Use "
-            f"a symmetric scheme, or format=compressed_tensors"
+            f"observer=short, a symmetric scheme, or format=compressed_tensors"
         )
     return half.cpu().contiguous()
 

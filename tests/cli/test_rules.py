@@ -6,7 +6,7 @@ from tiny_grids import PAIRS
 
 from qat.cli.rules import check_rules
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
-from qat.numerics.grid import Codebook, IntGrid
+from qat.numerics.grid import Codebook, FloatGrid, IntGrid
 from qat.numerics.kv import KINDS
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
@@ -206,6 +206,20 @@ def test_widths_are_chosen_on_integer_grids():
     (text,) = said({"bits": [2, 4]}, recipe)
     assert text == "recipe.rules.b.weight.grid: nf4_g16: only integer grids have widths to choose from"
     assert said({}, recipe) == []
+
+
+def test_an_estimator_matters_where_something_is_trained():
+    recipe = Recipe({"a": Rule(".*", Scheme(FloatGrid("e4m3"), PerGroup(32), scale_dtype="float8_e8m0fnu"))})
+    lsq, gptq = {"_target_": "qat.nn.estimators.LSQ"}, {"_target_": "qat.ptq.gptq.gptq"}
+    trained = {"_target_": "qat.training.blockwise.blockwise", "estimator": lsq}
+    for config in (
+        {"verb": "train"},
+        {"verb": "ptq", "method": trained},
+        {"verb": "ptq", "method": gptq | {"then": trained}},
+    ):
+        (text,) = said(config | {"estimator": lsq}, recipe)
+        assert text.startswith("estimator: LSQ learns a scale, but those of recipe.rules.a.weight are powers of two")
+    assert said({"verb": "ptq", "method": gptq | {"then": None}, "estimator": lsq}, recipe) == []
 
 
 @pytest.mark.parametrize(

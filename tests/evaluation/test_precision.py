@@ -12,17 +12,28 @@ from qat.evaluation.reference import decode
 from qat.nn.estimators import LSQ
 from qat.nn.kv import quantize_kv
 from qat.nn.observers.minmax import MinMax
+from qat.numerics.granularity import PerGroup
+from qat.numerics.grid import Codebook
 from qat.numerics.kv import KINDS
+from qat.numerics.recipe import Recipe, Rule
+from qat.numerics.scheme import Scheme, integers
 from qat.surgery.prepare import prepare
 
 IDS = torch.randint(1, 256, (1, 40), generator=torch.Generator().manual_seed(0))
 
 
-def test_only_what_is_rounded_on_the_way_needs_fp64() -> None:
-    assert compared_in(recipe()) == torch.float32
+def test_only_what_is_rounded_on_the_way_and_the_coarsest_weights_need_fp64() -> None:
+    assert compared_in(recipe()) == compared_in(recipe(3)) == torch.float32
+    assert compared_in(recipe(2)) == torch.float64
     assert {compared_in(recipe(kv=kind)) for kind in KINDS} == {torch.float64}
     assert compared_in(RECIPES["nvfp4a16"]) == torch.float32
     assert {compared_in(RECIPES[name]) for name in ("w8a8", "fp8_static", "nvfp4")} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", ["binary", "ternary", "seq2", "nf4"])
+def test_a_file_says_the_same_as_the_codebook_that_it_holds(name: str) -> None:
+    weight = Scheme(Codebook(name), PerGroup(32))
+    assert compared_in(Recipe({"a": Rule(".*", weight)})) == compared_in(Recipe({"a": Rule(".*", integers(weight))}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
