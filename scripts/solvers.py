@@ -13,6 +13,7 @@ before that one. Everything is explained if
     and the first code of a row that differs lies within FACTOR steps of the tie between the two.
 
 Then what differs later in the row follows from the first. Exit 0 only if scales are equal and all codes are explained.
+Scales are fp32 here because in bf16 theirs also rounds what a code means to bf16 before it hands its error on.
 """
 
 import argparse
