@@ -15,6 +15,7 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "reproduce"))
 
 
+@pytest.mark.whole
 def test_every_cell_composes(tmp_path):
     import ablation
     from quality_plan import Cell

@@ -19,6 +19,7 @@ def scripts(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@pytest.mark.whole
 def test_every_cell_composes_and_binds():
     import formats
 

@@ -203,3 +203,12 @@ def test_rows_that_are_there_are_not_made_again(tmp_path):
     assert made == [*names[:2], *names[1:]], "what failed is tried again, what is there is not"
     assert [row["tool"] for row in read(file)["rows"]] == ["llmcompressor", "qat"]
     assert [(one["tool"], one["ours"]) for one in read(file)["pairs"]] == [("llmcompressor", "gptq")]
+
+
+def test_the_readme_says_what_the_file_says_and_the_file_what_its_rows_say():
+    import ptq_peers
+
+    content = json.loads((ROOT / "scripts/results/ptq_peers.json").read_text(encoding="utf-8"))
+    assert content["pairs"] == ptq_peers.pairs(content["rows"])
+    marked = f"<!-- from: scripts/results/ptq_peers.json -->\n{ptq_peers.pairs_table(content['pairs'])}\n\n"
+    assert marked in (ROOT / "README.md").read_text(encoding="utf-8")

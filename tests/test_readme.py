@@ -244,6 +244,7 @@ def test_no_shell_expands_an_interpolation():
     assert expanded('qat run "a=${b.c}" d=${e}') == ["${b.c}", "${e}"]
 
 
+@pytest.mark.whole
 @written
 def test_what_is_not_run_composes_and_binds():
     assert invalid(TEXT) == []

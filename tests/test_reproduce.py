@@ -86,6 +86,7 @@ def test_a_claim_dies_with_its_process(board):
     assert ours.claim("ptq").cell.arm == "rtn"
 
 
+@pytest.mark.whole
 def test_every_kind_of_cell_composes(plan, tmp_path):
     for name in ("t", "g", "m"):
         (tmp_path / name).mkdir()

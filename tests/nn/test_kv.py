@@ -90,6 +90,7 @@ def test_the_gradient_goes_straight_through(kind: str) -> None:
     assert torch.equal(x.grad, grad)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["int8"])
 def test_compiled_equals_eager(kind: str) -> None:
     model = quantized(kind).train()

@@ -89,6 +89,7 @@ def test_one_of_two_uses_that_training_bypasses_is_found(name, message):
         certify(trained, PROMPTS, "32-true")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["embedded", "lora"])
 def test_a_compiled_graph_is_watched_too(adapter):
     """Linears, lookups and the tied head; and linears with an adapter."""

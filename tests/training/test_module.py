@@ -204,6 +204,7 @@ def test_a_replayed_step_moves_what_an_eager_one_does(monkeypatch):
     assert all(torch.equal(p, expected[name]) for name, p in found.student.named_parameters())
 
 
+@pytest.mark.whole
 def test_a_compiled_decoder_trains_the_same():
     loss = Loss(kl=0.0, reverse_kl=1.0, jsd=1.0, ce=0.1)
     eager, compiled = module(loss=loss), module(loss=loss)
@@ -228,6 +229,7 @@ def test_compiling_is_of_the_blocks_and_ends_with_the_forward(monkeypatch):
     assert all(layer._compiled_call_impl is None for layer in found.student.model.layers)
 
 
+@pytest.mark.whole
 def test_one_compilation_serves_all_blocks_but_the_first():
     """Whose input has no gradient."""
     student = tiny(layers=3).train()
