@@ -78,6 +78,9 @@ def test_what_the_json_holds_is_not_made_again_and_what_fails_is_said(tmp_path, 
     assert run(monkeypatch, file, "w8a8", "w4a8") == 1
     assert asked == ["w8a8", "fp8", "w4a8"]
     assert [row["cell"] for row in json.loads(file.read_text())["rows"]] == asked
+    verdicts["w4a8"] = "VERIFIED"  # mended: what failed is made again, and takes its own place
+    assert run(monkeypatch, file, "w8a8", "w4a8") == 0
+    assert [row["verdict"] for row in json.loads(file.read_text())["rows"]] == ["VERIFIED", "refused", "VERIFIED"]
     with pytest.raises(SystemExit):
         run(monkeypatch, file, "w9")
     assert "| `w8a8` | — | VERIFIED | — | 12.3 | — | — | 3 |" in capsys.readouterr().out

@@ -3,8 +3,8 @@
     python scripts/reproduce/formats.py --json scripts/results/formats.json [--work DIR] [--again] [cell ...]
 
 A cell is `qat ptq`, which reads back what it wrote and checks it; and, with `--again`, `qat verify` of that in a new
-process, which is the same check and takes as long. Cells that the JSON holds are not made again. Exit 0 only if every
-cell that was asked for is verified, or refused where its format cannot say it exactly.
+process, which is the same check and takes as long. Cells that the JSON holds are not made again, unless they failed.
+Exit 0 only if every cell that was asked for is verified, or refused where its format cannot say it exactly.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from qat.cli.rundir import git, versions  # noqa: E402
 COMMON = ["method=rtn", "calibration.samples=2", "calibration.seq_len=256", "evaluation.windows=1",
           "evaluation.seq_len=256", "generate.max_tokens=1", "logger=none", "device=cpu", "resume=never"]  # fmt: skip
 SHORT = ("observer=short", "method.observer=${observer}")
+FINE = ("VERIFIED", "refused")
 WEIGHT = "recipe.rules.linears.weight"
 COLUMNS = {"bits": ("bits_per_quantized_weight", ".2f"), "MB": ("mb", ".1f"), "engine": ("engine_logit_diff", ".1e"),
            "other readers": ("reader_logit_diff", ".1e"), "seconds": ("seconds", ".0f")}  # fmt: skip
@@ -136,14 +137,15 @@ def main() -> int:
     cells = [named[name] for name in given.cells or named]
     for cell in cells:
         content = read(given.json)
-        if any(row["cell"] == cell.name for row in content["rows"]):
+        if any(row["cell"] == cell.name and row["verdict"] in FINE for row in content["rows"]):
             continue
         row = made(cell, given.work.absolute(), given.again)
-        write(given.json, {"meta": {"common": COMMON, "versions": versions()}, "rows": [*content["rows"], row]})
+        others = [old for old in content["rows"] if old["cell"] != cell.name]
+        write(given.json, {"meta": {"common": COMMON, "versions": versions()}, "rows": [*others, row]})
         print(f"{cell.name}: {row['verdict']}, {row['seconds']:.0f} s", flush=True)
     mine = [next(row for row in read(given.json)["rows"] if row["cell"] == cell.name) for cell in cells]
     print(f"\n<!-- from: {given.json} -->\n{table(mine)}")
-    return 0 if all(row["verdict"] in ("VERIFIED", "refused") for row in mine) else 1
+    return 0 if all(row["verdict"] in FINE for row in mine) else 1
 
 
 if __name__ == "__main__":
