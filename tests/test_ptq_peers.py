@@ -145,7 +145,7 @@ def test_ours_is_what_the_configs_say(monkeypatch):
 def test_a_driver_that_fails_is_said_and_what_is_made_is_not_made_again(tmp_path):
     import ptq_peers
 
-    given = Namespace(work=tmp_path, venvs=tmp_path, threads=1, steps=1, batch_size=1)
+    given = Namespace(work=tmp_path, venvs=tmp_path, threads=1, steps=1, batch_size=1, device="cpu")
     cell = ptq_peers.Cell("gptqmodel", "gptq", 4)
     with pytest.raises(RuntimeError, match=r"gptqmodel\.gptq\.w4a16_g64: no environment"):
         ptq_peers.make(cell, given, tmp_path, tmp_path)

@@ -63,7 +63,8 @@ def gptq(
         act_order: `static`: columns go in descending order of activation energy; `group`: groups do, and columns in
             each, as GPTQModel has it; `none`: from left to right; `dynamic`: as `static`, and groups are formed in that
             order, so that each tensor has a `g_idx`, which GPTQ's layout and compressed-tensors' pack-quantized carry.
-            With `static` ranges it is llm-compressor's `actorder=group`, with `stale` ones AutoGPTQ's desc_act.
+            With `static` ranges it is llm-compressor's `actorder=group`, with `stale` ones AutoGPTQ's desc_act. `auto`:
+            `group` with `current` ranges on grids of two bits or fewer, `static` on others.
         groups: On which weights the range of a group is found: `static`, the original ones; `current`, those at hand
             when its first column is rounded, as the paper says; `stale`, those at hand when the block of its first
             column begins, as the paper's code and GPTQModel have it (codes then depend on `block_size`).

@@ -23,7 +23,7 @@ from qat.numerics.scheme import Scheme
 MAX_DAMPING = 1.0
 NOT_FINITE = "the Hessian is not finite, or not one of real inputs"
 
-Order = Literal["none", "static", "group", "dynamic"]
+Order = Literal["none", "static", "group", "dynamic", "auto"]
 Groups = Literal["static", "current", "stale"]
 
 
@@ -47,6 +47,18 @@ def check(act_order: str, groups: str, **numbers: float) -> None:
             f"groups={groups}: with act_order=static the columns of a group are taken at different times; "
             f"use act_order=group, which takes whole groups, act_order=dynamic, which makes them in that order, or none"
         )
+    if act_order == "auto" and groups != "static":
+        raise ValueError(f"groups={groups}: act_order=auto chooses for each grid; say act_order=group, dynamic or none")
+
+
+def settled(act_order: Order, groups: Groups, scheme: Scheme) -> tuple[Order, Groups]:
+    """What `auto` is on a grid: on two bits or fewer whole groups, each on the weights at hand; otherwise `static`.
+
+    On four levels most of a weight's error is handed on, and a range of the original weights no longer fits what came.
+    """
+    if act_order != "auto":
+        return act_order, groups
+    return ("group", "current") if scheme.grid.bits <= 2 else ("static", "static")
 
 
 def accumulate_hessian(hessian: Tensor, x_TI: Tensor) -> None:
@@ -119,6 +131,7 @@ def quantize_rows(
         ValueError: See `check`; or the weight is not finite, or what is handed from column to column stops being so.
     """
     check(act_order, groups, damping=damping, block_size=block_size, asymmetry=asymmetry)
+    act_order, groups = settled(act_order, groups, scheme)
     weight = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
     g = divisor((weight,), scheme)  # of all rows: stacked linears share it
     width, size = weight.shape[1], weight.shape[1]
@@ -188,6 +201,7 @@ def column_order(diagonal_I: Tensor, act_order: Order, size: int) -> Tensor:
     """
     if act_order == "none":
         return torch.arange(len(diagonal_I))
+    assert act_order != "auto", "settled first"
     if act_order in ("static", "dynamic"):
         return diagonal_I.argsort(descending=True, stable=True)
     energy = diagonal_I.reshape(-1, size)

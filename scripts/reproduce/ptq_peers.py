@@ -80,10 +80,11 @@ def make(cell: Cell, given: argparse.Namespace, model: Path, ids: Path) -> Path:
     python = str(Path(given.venvs) / cell.tool / "bin" / "python")
     env.pop("PYTHONPATH", None)
     if cell.tool == "qat":
-        python, env["PYTHONPATH"] = sys.executable, str(HERE.parents[1])
+        found = os.environ.get("PYTHONPATH")
+        python, env["PYTHONPATH"] = sys.executable, os.pathsep.join([str(HERE.parents[1]), *([found] if found else [])])
     command = [python, str(HERE / "peers" / f"run_{cell.tool}.py"), "--model", str(model), "--ids", str(ids)]
     command += ["--out", str(out), "--method", cell.method, "--bits", str(cell.bits), "--group-size", str(GROUP)]
-    command += ["--steps", str(given.steps), "--batch-size", str(given.batch_size)]
+    command += ["--steps", str(given.steps), "--batch-size", str(given.batch_size), "--device", given.device]
     try:
         done = subprocess.run(command, env=env, cwd=given.work, capture_output=True, text=True)
     except OSError as error:
@@ -252,6 +253,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of AutoRound, for each block, ours and theirs")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences for each of these steps")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of drivers; the judge is a CPU's")
     parser.add_argument("--keep", action="store_true", help="dense weights stay in --work after they were judged")
     found = parser.parse_args()
     found.work, found.venvs = found.work.absolute(), found.venvs.absolute()

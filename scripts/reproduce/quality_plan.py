@@ -15,10 +15,10 @@ from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
 
 PTQ = ("rtn", "mse_rtn", "gptq", "awq", "autoround")
-LONG = ["loss=kl", "trainer.max_steps=2000", "trainer.checkpoint_every=2000", "trainer.val_every=2000"]
-DISTILLED = {"qat": LONG, "blockap_qat": LONG}  # arm: what it adds to the settings of its recipe
+STEPS = {"w4a16_g64": 3200, "w3a16_g64": 3200}  # of `qat`, others 2000: a cell is to take 4 minutes at most
+DISTILLED = ("qat", "blockap_qat")
 DOCS = 4  # times the train split of python_docs beside the generated text, which is nearly twenty times its size
-TRAINED = {"ft_fp": ["loss=ce"], "blockap": [], **DISTILLED, "qat_ce": ["loss=ce"]}
+TRAINED = ("ft_fp", "blockap", *DISTILLED, "qat_ce")
 ARMS = ("fp", *TRAINED, *PTQ, "ft_gptq")
 NEEDS = {"ft_gptq": "ft_fp", "blockap_qat": "blockap"}
 EVERYWHERE = ("fp", "ft_fp")  # the same for every recipe, "-"
@@ -40,7 +40,6 @@ COMMON = ["format=none", "logger=none", "resume=never", "calibration.samples=128
           "trainer.compile=true", "trainer.log_every=50", "optim.scale_lr=3e-3",
           "evaluation.windows=24", "evaluation.batch_size=8",
           "+method@arms.mse_rtn=mse_rtn", "+method@arms.blockap=blockwise"]  # fmt: skip
-IN_ORDER = ["arms.gptq.groups=current", "arms.gptq.act_order=group"]  # at 2 bits better than static, on validation
 BLOCKAP = ["calibration.samples=1024", "arms.blockap.epochs=6", "arms.blockap.batch_size=8"]
 
 Lane = Literal["trained", "ptq"]
@@ -78,11 +77,14 @@ def settings(cell: Cell, given: Namespace) -> list[str]:
     """How a cell is made, as overrides of `qat run`; its recipe, its seed and its paths apart."""
     mine = RECIPES.get(cell.recipe, RECIPES["w4a16_g64"]) if cell.arm in TRAINED else []
     own = {"blockap": BLOCKAP, "autoround": ["+method@arms.autoround=autoround"]}.get(cell.arm, [])
-    if cell.recipe == "w2a16_g64" and cell.arm in ("gptq", "ft_gptq"):
-        own = IN_ORDER
     if (cell.recipe, cell.arm) == ("w8a8", "qat_ce"):
         own = ["optim.lr=2e-4"]  # as `ft_fp`, which it is held to: at the other rate cross-entropy hardly trains
-    return [*COMMON, *mine, *own, *TRAINED.get(cell.arm, []), *given.overrides]
+    if cell.arm in DISTILLED:
+        steps = STEPS.get(cell.recipe, 2000) if cell.arm == "qat" else 2000
+        own = ["loss=kl", *(f"trainer.{name}={steps}" for name in ("max_steps", "checkpoint_every", "val_every"))]
+    elif cell.arm in ("ft_fp", "qat_ce"):
+        own = [*own, "loss=ce"]
+    return [*COMMON, *mine, *own, *given.overrides]
 
 
 def written(cell: Cell, given: Namespace) -> str:

@@ -1,4 +1,4 @@
-"""auto-round, its defaults but for the number of steps, which the command line says, and without mixed precision."""
+"""auto-round, its defaults but for the number of steps, which the command line says; on a CPU in fp32 throughout."""
 
 import torch
 from auto_round import AutoRound
@@ -9,14 +9,15 @@ given = arguments(("autoround",))
 model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(given.model)
 samples, length = given.ids.shape
+amp = given.device == "cuda"
 rounding = AutoRound(
     model, tokenizer, bits=given.bits, group_size=given.group_size, sym=True, iters=given.steps, nsamples=samples,
     seqlen=length, batch_size=min(given.batch_size, samples), dataset=[ids[None] for ids in given.ids], seed=0,
-    device_map="cpu", enable_torch_compile=False, amp=False,
+    device_map=given.device, enable_torch_compile=False, amp=amp,
 )  # fmt: skip
 (rounded, _), took = timed(rounding.quantize)
 names = {name for name, _ in model.named_parameters()}
 (scale_dtype,) = {module.scale.dtype for module in rounded.modules() if getattr(module, "scale", None) is not None}
 dense = {name: value for name, value in rounded.state_dict().items() if name in names}
-settings = f"AutoRound(iters={given.steps}, batch_size={min(given.batch_size, samples)}, amp=False)"
+settings = f"AutoRound(iters={given.steps}, batch_size={min(given.batch_size, samples)}, amp={amp})"
 save(given, dense, took, scale_dtype, settings, ("auto-round",))

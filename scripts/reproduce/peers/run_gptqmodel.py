@@ -11,6 +11,8 @@ from gptqmodel_weights import decoded
 from safetensors.torch import load_file
 
 given = arguments(("gptq",))
+if given.device != "cpu":
+    raise SystemExit("GPTQModel is run on the CPU alone: its kernels are built for each machine")
 config = GPTQConfig(bits=given.bits, group_size=given.group_size, sym=True, offload_to_disk=False)
 model = GPTQModel.load(given.model, config, dtype=torch.float32, device="cpu")
 rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in given.ids.tolist()]

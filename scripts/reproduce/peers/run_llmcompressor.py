@@ -11,10 +11,10 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# Its AWQ pins memory for an accelerator, which a CPU has not: `RuntimeError: Cannot access accelerator device`.
-IntermediatesCache.pin_memory = lambda *_: None
-
 given = arguments(("rtn", "gptq", "gptq_mse", "awq"))
+if given.device == "cpu":
+    # Its AWQ pins memory for an accelerator, which a CPU has not: `RuntimeError: Cannot access accelerator device`.
+    IntermediatesCache.pin_memory = lambda *_: None
 weights = {"num_bits": given.bits, "type": "int", "symmetric": True, "strategy": "group"}
 weights |= {"group_size": given.group_size}
 searched = {"observer": "memoryless_mse"} if given.method == "gptq_mse" else {}

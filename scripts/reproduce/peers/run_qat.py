@@ -1,8 +1,9 @@
 """Ours, with the settings of `configs/method` as they are where a GPU is used, and the recipe `configs/recipe` has.
 
-`gptq_paper` is `gptq` on min-max ranges and without GPTAQ: what llm-compressor's defaults are nearest to. `gptq_group`
-takes groups by their energy, each on the weights at hand, as `quality` does at 2 bits; `gptq_paper_group` is both, with
-GPTQModel's damping: what its defaults are nearest to. In groups of 64.
+`gptq_paper` is `gptq` on min-max ranges and without GPTAQ, `static` at 2 bits too: what llm-compressor's defaults are
+nearest to. `gptq_group` takes groups by their energy, each on the weights at hand, as `gptq` does at 2 bits by itself;
+`gptq_paper_group` is both, with GPTQModel's damping: what its defaults are nearest to. In groups of 64. On a GPU the
+model is in bf16 and eight sequences at a time are heard, as with `qat run`.
 """
 
 from typing import Any
@@ -15,12 +16,18 @@ from qat.cli.devices import by_device
 from qat.cli.tree import Tree
 from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
+from qat.cli.workbench import cast
 from qat.models import hf
 from qat.surgery.convert import apply
 
 PAPER = ["method.asymmetry=0", "observer=minmax", "method.observer=${observer}"]
+STATIC = ["method.act_order=static"]
 GROUP = ["method.act_order=group", "method.groups=current"]
-VARIANTS = {"gptq_paper": PAPER, "gptq_group": GROUP, "gptq_paper_group": [*PAPER, *GROUP, "method.damping=0.05"]}
+VARIANTS = {
+    "gptq_paper": [*PAPER, *STATIC],
+    "gptq_group": GROUP,
+    "gptq_paper_group": [*PAPER, *GROUP, "method.damping=0.05"],
+}
 METHODS = ("rtn", "mse_rtn", "gptq", *VARIANTS, "awq", "autoround")
 
 
@@ -40,7 +47,7 @@ def overrides(method: str, bits: int, steps: int, batch_size: int, samples: int)
 
 
 def composed(own: list[str]) -> dict[str, Any]:
-    """The config that overrides give.
+    """The config that overrides give, with the settings for GPUs.
 
     Raises:
         ValueError: One does not fit.
@@ -60,7 +67,9 @@ def main() -> None:
     config = composed(own)
     recipe, method = (instantiate(config[key], _convert_="all") for key in ("recipe", "method"))
     model, _ = hf.load(given.model, given.model)
-    changes, took = timed(lambda: method(model, recipe, list(given.ids.split(1)), dtype=torch.bfloat16))
+    model, size = model.to(given.device), 8 if given.device == "cuda" else 1
+    seen = cast(apply(model, {}, {}), torch.bfloat16) if given.device == "cuda" else model
+    changes, took = timed(lambda: method(seen, recipe, list(given.ids.split(size)), dtype=torch.bfloat16))
     graph = apply(model, changes.tensors, changes.folded, recipe=recipe)
     (scale_dtype,) = {tensor.scale.dtype for tensor in changes.tensors.values()}
     save(given, dict(graph.named_parameters()), took, scale_dtype, " ".join(own), ())
