@@ -36,13 +36,19 @@ from qat.surgery.convert import apply
 
 HERE = Path(__file__).parent
 TOOLS = {
-    "qat": ("rtn", "mse_rtn", "gptq_paper", "gptq_paper_group", "gptq", "gptq_group", "awq", "autoround"),
+    "qat": ("rtn", "mse_rtn", "gptq_paper", "gptq_paper_group", "gptq", "gptq_group", "awq", "awq_duo", "autoround"),
     "llmcompressor": ("rtn", "gptq", "gptq_mse", "awq"),
     "autoround": ("autoround",),
     "gptqmodel": ("gptq",),
 }
 GPTQ = ("gptq_paper", "gptq_paper_group", "gptq", "gptq_group")
-OURS = {"rtn": ("rtn",), "gptq": GPTQ, "gptq_mse": ("gptq", "gptq_group"), "awq": ("awq",), "autoround": ("autoround",)}
+OURS = {
+    "rtn": ("rtn",),
+    "gptq": GPTQ,
+    "gptq_mse": ("gptq", "gptq_group"),
+    "awq": ("awq", "awq_duo"),
+    "autoround": ("autoround",),
+}
 GROUP = 64
 
 

@@ -2,8 +2,9 @@
 
 `gptq_paper` is `gptq` on min-max ranges and without GPTAQ, `static` at 2 bits too: what llm-compressor's defaults are
 nearest to. `gptq_group` takes groups by their energy, each on the weights at hand, as `gptq` does at 2 bits by itself;
-`gptq_paper_group` is both, with GPTQModel's damping: what its defaults are nearest to. In groups of 64. On a GPU the
-model is in bf16 and eight sequences at a time are heard, as with `qat run`.
+`gptq_paper_group` is both, with GPTQModel's damping: what its defaults are nearest to. `awq_duo` has weights in its
+scales and no clipping, as llm-compressor's AWQ. In groups of 64. On a GPU the model is in bf16 and eight sequences at a
+time are heard, as with `qat run`.
 """
 
 from typing import Any
@@ -27,8 +28,9 @@ VARIANTS = {
     "gptq_paper": [*PAPER, *STATIC],
     "gptq_group": GROUP,
     "gptq_paper_group": [*PAPER, *GROUP, "method.damping=0.05"],
+    "awq_duo": ["method.duo_scaling=true", "method.clip=false"],
 }
-METHODS = ("rtn", "mse_rtn", "gptq", *VARIANTS, "awq", "autoround")
+METHODS = ("rtn", "mse_rtn", "gptq", "awq", "autoround", *VARIANTS)
 
 
 def overrides(method: str, bits: int, steps: int, batch_size: int, samples: int) -> list[str]:
@@ -37,7 +39,7 @@ def overrides(method: str, bits: int, steps: int, batch_size: int, samples: int)
     Raises:
         ValueError: AutoRound's steps are no whole passes over the calibration samples.
     """
-    named = "gptq" if method in VARIANTS else method
+    named = method.partition("_")[0] if method in VARIANTS else method
     found = [f"method={named}", f"recipe=w{bits}a16_g64", *VARIANTS.get(method, [])]
     if method == "autoround":
         if steps * batch_size % samples:
@@ -64,7 +66,7 @@ def main() -> None:
     assert given.group_size == 64
     samples = len(given.ids)
     own = overrides(given.method, given.bits, given.steps, min(given.batch_size, samples), samples)
-    config = composed(own)
+    config = composed([*own, f"model.path={given.model}"])
     recipe, method = (instantiate(config[key], _convert_="all") for key in ("recipe", "method"))
     model, _ = hf.load(given.model, given.model)
     model, size = model.to(given.device), 8 if given.device == "cuda" else 1
