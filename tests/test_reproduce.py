@@ -103,10 +103,9 @@ def test_every_kind_of_cell_composes(plan, tmp_path):
 
 def test_results_are_replaced_as_a_whole_and_meta_adds_up(board, tmp_path):
     ours = board(["rtn", "gptq"])
-    ours.add(
-        {"recipe": W4, "arm": "rtn", "seed": 0, "windows": {"nll": [1.0]}}, {"settings": {"a": [1]}, "device": "x"}
-    )
-    ours.add({"recipe": W4, "arm": "gptq", "seed": 1}, {"settings": {"b": [2]}, "device": "y"})
+    first = {"recipe": W4, "arm": "rtn", "seed": 0, "settings": "a", "windows": {"nll": [1.0]}}
+    ours.add(first, {"settings": {"a": [1]}, "device": "x"})
+    ours.add({"recipe": W4, "arm": "gptq", "seed": 1, "settings": "b"}, {"settings": {"b": [2]}, "device": "y"})
     import results
 
     content = results.read(ours.file)
@@ -118,10 +117,11 @@ def test_results_are_replaced_as_a_whole_and_meta_adds_up(board, tmp_path):
 def test_a_cell_of_other_settings_is_made_again_and_takes_the_old_ones_place(plan, tmp_path):
     (cell,) = plan.plan([W4], ["gptq"], [1])
     boards = [plan.Board(tmp_path / "r.json", tmp_path, [cell], {cell: sha}) for sha in ("old", "new")]
-    boards[0].add({**cell._asdict(), "settings": "old"}, {})
+    boards[0].add({**cell._asdict(), "settings": "old"}, {"settings": {"old": "x"}})
     assert [board.done() for board in boards] == [{cell}, set()]
-    boards[1].add({**cell._asdict(), "settings": "new"}, {})
+    boards[1].add({**cell._asdict(), "settings": "new"}, {"settings": {"new": "y"}})
     assert [board.done() for board in boards] == [set(), {cell}]
+    assert plan.read(tmp_path / "r.json")["meta"]["settings"] == {"new": "y"}
 
 
 def test_settings_are_known_by_what_the_file_says_and_not_by_where_the_model_lies(plan):

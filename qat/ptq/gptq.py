@@ -41,7 +41,7 @@ def gptq(
     batches: list[Tensor],
     *,
     observer: Observer,
-    act_order: Order = "static",
+    act_order: Order = "auto",
     groups: Groups = "static",
     damping: float = 0.01,
     block_size: int = 128,

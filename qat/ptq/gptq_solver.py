@@ -77,7 +77,7 @@ def quantize_weight(
     scheme: Scheme,
     *,
     observer: Observer,
-    act_order: Order = "static",
+    act_order: Order = "auto",
     groups: Groups = "static",
     damping: float = 0.01,
     block_size: int = 128,

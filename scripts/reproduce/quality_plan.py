@@ -191,6 +191,9 @@ class Board:
             for key, value in meta.items():
                 old = content["meta"].get(key)
                 content["meta"][key] = old | value if isinstance(old, dict) and isinstance(value, dict) else value
+            used = {row.get("settings") for row in content["rows"]}
+            if "settings" in content["meta"]:  # a row that was made anew takes its old ones along
+                content["meta"]["settings"] = {sha: t for sha, t in content["meta"]["settings"].items() if sha in used}
             write(self.file, content)
 
     def _needed(self, cell: Cell) -> list[Cell]:
