@@ -205,10 +205,11 @@ def test_rows_that_are_there_are_not_made_again(tmp_path):
     assert [(one["tool"], one["ours"]) for one in read(file)["pairs"]] == [("llmcompressor", "gptq")]
 
 
-def test_the_readme_says_what_the_file_says_and_the_file_what_its_rows_say():
+@pytest.mark.parametrize("name", ["ptq_peers.json", "ptq_peers_gpu.json"])
+def test_the_readme_says_what_the_file_says_and_the_file_what_its_rows_say(name):
     import ptq_peers
 
-    content = json.loads((ROOT / "scripts/results/ptq_peers.json").read_text(encoding="utf-8"))
+    content = json.loads((ROOT / "scripts/results" / name).read_text(encoding="utf-8"))
     assert content["pairs"] == ptq_peers.pairs(content["rows"])
-    marked = f"<!-- from: scripts/results/ptq_peers.json -->\n{ptq_peers.pairs_table(content['pairs'])}\n\n"
+    marked = f"<!-- from: scripts/results/{name} -->\n{ptq_peers.pairs_table(content['pairs'])}\n\n"
     assert marked in (ROOT / "README.md").read_text(encoding="utf-8")
