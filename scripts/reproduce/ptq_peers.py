@@ -194,7 +194,7 @@ def pairs(rows: list[Row]) -> list[Row]:
                 difference, error = mean(mine - other, tokens), standard_error(mine, tokens, other)
                 one |= {f"{key}_difference": difference, f"{key}_errors": difference / error if error else None}
             found.append(one)
-    return found
+    return sorted(found, key=lambda one: (-int(one["recipe"][1]), one["tool"], one["method"]))
 
 
 def fill(file: Path, content: dict[str, Any], wanted: list[Cell], produce: Callable[[Cell], Row]) -> list[Cell]:
