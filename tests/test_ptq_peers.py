@@ -105,9 +105,9 @@ def test_differences_are_paired_window_by_window():
     theirs = a_row("llmcompressor", "gptq", [11.0, 22.0, 63.0], [1.0, 1.0, 1.0])
     found = ptq_peers.pairs([ours, paper, theirs, a_row("gptqmodel", "gptq", [1.0, 2.0, 3.0], [0.0] * 3)])
     assert [(one["tool"], one["ours"]) for one in found] == [
-        (tool, ours) for tool in ("llmcompressor", "gptqmodel") for ours in ("gptq_paper", "gptq")
+        (tool, ours) for tool in ("gptqmodel", "llmcompressor") for ours in ("gptq_paper", "gptq")
     ]
-    one = found[1]
+    one = found[3]
     assert one["nll_difference"] == pytest.approx(-0.2)  # -1, -2, -3 over ten tokens each
     assert one["nll_errors"] == pytest.approx(-0.2 / (0.1 / 3**0.5))
     assert (one["kl_difference"], one["kl_errors"]) == (0.0, None)
