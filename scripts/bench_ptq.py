@@ -51,7 +51,7 @@ RECIPE = Recipe({"linears": Rule(".*_proj", Scheme(IntGrid(4), PerGroup(128))), 
 METHODS: dict[str, Callable[..., Changes]] = {
     "rtn": partial(rtn, observer=MinMax()),
     "mse_rtn": partial(rtn, observer=MSE()),
-    "gptq_paper": partial(gptq, observer=MinMax(), asymmetry=0.0),
+    "gptq_paper": partial(gptq, observer=MinMax(), asymmetry=0.0, act_order="static"),
     "gptq": partial(gptq, observer=MSE(norm=2.4), asymmetry=0.25),
     "awq": partial(awq, observer=MinMax(), duo_scaling=False, clip=True),
 }

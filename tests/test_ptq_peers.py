@@ -79,6 +79,10 @@ def test_a_tool_is_held_to_its_task(model):
         ptq_peers.check(model, dense | {name: model.get_parameter(name).detach()}, 3)
     with pytest.raises(ValueError, match=rf"{name}: not there"):
         ptq_peers.check(model, {key: value for key, value in dense.items() if key != name}, 3)
+    with pytest.raises(ValueError, match=r"^model.norm.weight: not there"):
+        ptq_peers.check(model, {key: value for key, value in dense.items() if key != "model.norm.weight"}, 3)
+    with pytest.raises(ValueError, match=rf"^{name}: not finite"):
+        ptq_peers.check(model, dense | {name: dense[name] * torch.nan}, 3)
     with pytest.raises(ValueError, match=rf"{name}: \(1, 64\), expected"):
         ptq_peers.check(model, dense | {name: dense[name][:1]}, 3)
     with pytest.raises(ValueError, match="no such parameter"):
@@ -134,6 +138,8 @@ def test_ours_is_what_the_configs_say(monkeypatch):
     assert node["gptq"]["observer"]["points"] == 80
     assert (node["gptq"]["asymmetry"], node["gptq_paper"]["asymmetry"]) == (0.25, 0)
     assert node["gptq_paper"]["observer"]["_target_"].endswith("MinMax")
+    assert (node["gptq"]["act_order"], node["gptq_paper"]["act_order"]) == ("auto", "static")
+    assert [(node[m]["duo_scaling"], node[m]["clip"]) for m in ("awq", "awq_duo")] == [(False, True), (True, False)]
     for name in ("gptq_group", "gptq_paper_group"):
         assert (node[name]["act_order"], node[name]["groups"]) == ("group", "current")
     assert (node["gptq_group"]["damping"], node["gptq_paper_group"]["damping"]) == (0.01, 0.05)
@@ -145,7 +151,8 @@ def test_ours_is_what_the_configs_say(monkeypatch):
 def test_a_driver_that_fails_is_said_and_what_is_made_is_not_made_again(tmp_path):
     import ptq_peers
 
-    given = Namespace(work=tmp_path, venvs=tmp_path, threads=1, steps=1, batch_size=1, device="cpu")
+    given = Namespace(work=tmp_path, venvs=tmp_path, threads=1, steps=1, batch_size=2, device="cpu")
+    given.samples, given.seq_len = 3, 4
     cell = ptq_peers.Cell("gptqmodel", "gptq", 4)
     with pytest.raises(RuntimeError, match=r"gptqmodel\.gptq\.w4a16_g64: no environment"):
         ptq_peers.make(cell, given, tmp_path, tmp_path)
@@ -155,8 +162,11 @@ def test_a_driver_that_fails_is_said_and_what_is_made_is_not_made_again(tmp_path
     python.chmod(0o755)
     with pytest.raises(RuntimeError, match=r"ended with 3:\nthe reason"):
         ptq_peers.make(cell, given, tmp_path, tmp_path)
-    (tmp_path / f"{cell}.safetensors").touch()
-    assert ptq_peers.make(cell, given, tmp_path, tmp_path).name == f"{cell}.safetensors"
+    (tmp_path / f"{cell}.3x4.1x2.safetensors").touch()
+    assert ptq_peers.make(cell, given, tmp_path, tmp_path).name == f"{cell}.3x4.1x2.safetensors"
+    given.samples = 5
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        ptq_peers.make(cell, given, tmp_path, tmp_path)
 
 
 @pytest.mark.whole
@@ -197,12 +207,19 @@ def test_rows_that_are_there_are_not_made_again(tmp_path):
         return a_row(cell.tool, cell.method, [1.0, 2.0], [0.0, 0.0])
 
     wanted, file = ptq_peers.cells(["llmcompressor", "gptqmodel", "qat"], ["gptq"], [4]), tmp_path / "x.json"
-    assert ptq_peers.fill(file, read(file), wanted[:2], produce) == wanted[1:2]
-    assert ptq_peers.fill(file, read(file), wanted, produce) == wanted[1:2]
+
+    def fill(wanted, calibration="a"):
+        content = read(file) | {"meta": {"calibration": calibration, "commit": "c"}}
+        return ptq_peers.fill(file, content, wanted, produce)
+
+    assert fill(wanted[:2]) == wanted[1:2]
+    assert fill(wanted) == wanted[1:2]
     names = [str(cell) for cell in wanted]
     assert made == [*names[:2], *names[1:]], "what failed is tried again, what is there is not"
     assert [row["tool"] for row in read(file)["rows"]] == ["llmcompressor", "qat"]
     assert [(one["tool"], one["ours"]) for one in read(file)["pairs"]] == [("llmcompressor", "gptq")]
+    assert fill(wanted[:1], "b") == []
+    assert {row["tool"]: row["calibration"] for row in read(file)["rows"]} == {"llmcompressor": "b", "qat": "a"}
 
 
 @pytest.mark.parametrize("name", ["ptq_peers.json", "ptq_peers_gpu.json"])

@@ -145,3 +145,7 @@ def test_every_row_of_the_file_is_known_by_its_settings(plan):
     known = content["meta"]["settings"]
     assert all(hashlib.sha256(text.encode()).hexdigest()[:12] == sha for sha, text in known.items())
     assert {row["settings"] for row in content["rows"]} == set(known)
+    given = Namespace(overrides=[])
+    for row in content["rows"]:
+        cell = plan.Cell(row["recipe"], row["arm"], row["seed"])
+        assert plan.digest(cell, given) == row["settings"], f"{cell} is not what the plan has now"

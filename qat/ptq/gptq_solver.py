@@ -101,8 +101,8 @@ def quantize_weight(
         asymmetry: How much of the difference of inputs is made up for; 0 for none.
 
     Returns:
-        The quantized weight, and `{"loss": 1/2 tr(dW H dW^T) over the damped H, "damping", "fallback"}`; with
-        `asymmetry`, dW is the distance from the weight that makes up for it.
+        The quantized weight, and `{"loss": 1/2 tr(dW H dW^T) over the damped H, "damping", "fallback", "act_order"}`;
+        with `asymmetry`, dW is the distance from the weight that makes up for it.
     """
     tensor, losses_O, row = quantize_rows(
         weight_OI, hessian_II, scheme, observer=observer, act_order=act_order, groups=groups, damping=damping,
@@ -125,7 +125,7 @@ def quantize_rows(
     cross_II: Tensor | None,
     asymmetry: float,
 ) -> tuple[QuantizedTensor, Tensor, dict[str, Any]]:
-    """`quantize_weight`, with the loss of each row (fp64 `[O]`) beside `{"damping", "fallback"}`.
+    """`quantize_weight`, with the loss of each row (fp64 `[O]`) beside `{"damping", "fallback", "act_order"}`.
 
     Raises:
         ValueError: See `check`; or the weight is not finite, or what is handed from column to column stops being so.
@@ -176,7 +176,7 @@ def quantize_rows(
     scale, zero_point = joined([found[index] for index in sorted(found)])
     g_idx = as_g_idx(order.argsort() // size, width // size) if dynamic else None
     tensor = QuantizedTensor(restored, scale, zero_point, scheme, tuple(weight.shape), g, g_idx)
-    return tensor, losses, {"damping": used, "fallback": failure}
+    return tensor, losses, {"damping": used, "fallback": failure, "act_order": act_order}
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:

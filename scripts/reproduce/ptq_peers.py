@@ -64,6 +64,11 @@ class Cell(NamedTuple):
         """Its recipe's name."""
         return f"w{self.bits}a16_g{GROUP}"
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells its row from others."""
+        return self.tool, self.method, self.recipe
+
     def __str__(self) -> str:
         return f"{self.tool}.{self.method}.{self.recipe}"
 
@@ -79,7 +84,8 @@ def make(cell: Cell, given: argparse.Namespace, model: Path, ids: Path) -> Path:
     Raises:
         RuntimeError: The driver failed; says with what last words.
     """
-    out = Path(given.work) / f"{cell}.safetensors"
+    how = f"{given.samples}x{given.seq_len}.{given.steps}x{given.batch_size}"
+    out = Path(given.work) / f"{cell}.{how}.safetensors"
     if out.exists():
         return out
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(given.threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -103,7 +109,7 @@ def make(cell: Cell, given: argparse.Namespace, model: Path, ids: Path) -> Path:
 
 
 def check(model: PreTrainedModel, dense: Mapping[str, Tensor], bits: int) -> None:
-    """Holds a tool to the task: linears on the grid, head and embedding untouched, nothing else moved that is unknown.
+    """Holds a tool to the task: all parameters, finite, linears on the grid, head and embedding untouched.
 
     Raises:
         ValueError: Names the parameter that breaks the rule.
@@ -119,9 +125,11 @@ def check(model: PreTrainedModel, dense: Mapping[str, Tensor], bits: int) -> Non
         outside = name in ("lm_head.weight", "model.embed_tokens.weight")
         if outside and not torch.equal(value, own):
             raise ValueError(f"{name}: changed, but only linears of the blocks may be")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}: not finite")
+    if missing := sorted(known.keys() - dense.keys()):  # the full-precision one would be judged in its place
+        raise ValueError(f"{missing[0]}: not there")
     for name in sorted(inside):
-        if f"{name}.weight" not in dense:
-            raise ValueError(f"{name}.weight: not there")
         groups = dense[f"{name}.weight"].reshape(-1, GROUP).sort(-1).values
         levels = int((groups.diff() > 0).sum(-1).max()) + 1
         if levels > 2**bits:
@@ -198,10 +206,14 @@ def pairs(rows: list[Row]) -> list[Row]:
 
 
 def fill(file: Path, content: dict[str, Any], wanted: list[Cell], produce: Callable[[Cell], Row]) -> list[Cell]:
-    """Adds the rows that are wanted and not there, one by one to the file; returns those that could not be had."""
-    failed, done = [], {(row["tool"], row["method"], row["recipe"]) for row in content["rows"]}
+    """Adds the rows that are wanted and not there, one by one to the file; returns those that could not be had.
+
+    A row of other calibration data than `meta` says is made again, and gives its place up.
+    """
+    failed, data = [], content["meta"]["calibration"]
     for cell in wanted:
-        if (cell.tool, cell.method, cell.recipe) in done:
+        others = [row for row in content["rows"] if (row["tool"], row["method"], row["recipe"]) != cell.key]
+        if any(row["calibration"] == data for row in content["rows"] if row not in others):
             continue
         try:
             row = produce(cell)
@@ -209,7 +221,7 @@ def fill(file: Path, content: dict[str, Any], wanted: list[Cell], produce: Calla
             print(error, file=sys.stderr)
             failed.append(cell)
             continue
-        content["rows"].append(row)
+        content["rows"] = [*others, row | {"calibration": data, "commit": content["meta"]["commit"]}]
         content["pairs"] = pairs(content["rows"])
         write(file, content)
         print(f"{cell}: ppl {row['ppl']:.3f}, KL {row['kl']:.4f}", file=sys.stderr)

@@ -15,7 +15,7 @@ from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
 
 PTQ = ("rtn", "mse_rtn", "gptq", "awq", "autoround")
-STEPS = {"w4a16_g64": 3200, "w3a16_g64": 3200}  # of `qat`, others 2000: a cell is to take 4 minutes at most
+STEPS = {"w4a16_g64": 3200, "w3a16_g64": 3200}  # of `qat`, others 2000: training is to take about 4 minutes at most
 DISTILLED = ("qat", "blockap_qat")
 DOCS = 4  # times the train split of python_docs beside the generated text, which is nearly twenty times its size
 TRAINED = ("ft_fp", "blockap", *DISTILLED, "qat_ce")

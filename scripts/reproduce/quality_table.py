@@ -72,6 +72,7 @@ def aims(rows: Rows, means: list[Row]) -> list[Row]:
         for key in ("recovered_nll", "recovered_kl"):
             one |= spread(f"{key}_without_autoround", [row[key] for row in others])
         one["recovered_nll_se"] = mean(row["se"] for row in each)
+        one["recovered_nll_without_autoround_se"] = mean(row["se"] for row in others)
         entropy = _each(rows, recipe, "qat_ce", "ft_fp", (*candidates(recipe), "ft_gptq"))
         one |= spread("ce_recovered_nll", [row["recovered_nll"] for row in entropy])
         found.append(one | {"ce_best_nll": _winners(entropy, "nll")})
@@ -144,11 +145,12 @@ def verdict(judged: list[Row]) -> str:
         nll, kl = ("—" if row[key] is None else f"{row[key]:g}" for key in ("aim_nll", "aim_kl"))
         lines.append([f"`{row['recipe']}`", f"`{row['chosen']}`",
                       number(row, "recovered_nll", 3), f"{row['recovered_nll_se']:.3f}", row["best_nll"],
-                      number(row, "recovered_nll_without_autoround", 3), nll, number(row, "kl", 4), kl,
+                      number(row, "recovered_nll_without_autoround", 3),
+                      f"{row['recovered_nll_without_autoround_se']:.3f}", nll, number(row, "kl", 4), kl,
                       number(row, "recovered_kl", 3), row["best_kl"],
                       *(number(row, f"recovered_kl_{text}", 3) for text in TEXTS),
                       number(row, "ce_recovered_nll", 3), row["ce_best_nll"] or "—"])  # fmt: skip
-    header = ["recipe", "arm", "recovered nll", "s.e.", "against", "without AutoRound", "aim", "KL", "aim"]
+    header = ["recipe", "arm", "recovered nll", "s.e.", "against", "without AutoRound", "s.e.", "aim", "KL", "aim"]
     header += ["recovered KL", "against"]
     header += [f"recovered KL, {text}" for text in TEXTS]
     return markdown([*header, "`qat_ce`: recovered nll", "against"], lines)

@@ -81,6 +81,14 @@ def said(config, recipe=None):
             {"method": DYNAMIC, "format": {"name": "awq"}},
             "method.act_order: dynamic needs a g_idx, which format=awq cannot carry; use group or static, or format=",
         ),
+        (
+            {"adapter": {"then": {"_target_": "qat.ptq.gptq.gptq", "act_order": "auto", "groups": "current"}}},
+            "adapter.then.groups: current ranges go with act_order=group, dynamic or none, which take whole groups",
+        ),
+        (
+            {"method": {"_target_": "qat.ptq.gptq.gptq", "act_order": "static", "groups": "stale"}},
+            "method.groups: stale ranges go with act_order=group, dynamic or none, which take whole groups",
+        ),
         ({"arms": {"x": DYNAMIC}, "format": {"name": "gguf"}}, "arms.x.act_order: dynamic needs a g_idx, which"),
         (
             {"method": {"_target_": "qat.ptq.rotate.rotate", "then": DYNAMIC}, "format": {"name": "gguf"}},

@@ -1,4 +1,4 @@
-"""auto-round, its defaults but for the number of steps, which the command line says; on a CPU in fp32 throughout."""
+"""auto-round, its defaults but for steps, which the command line says, and torch.compile; on a CPU fp32 throughout."""
 
 import torch
 from auto_round import AutoRound
@@ -19,5 +19,6 @@ rounding = AutoRound(
 names = {name for name, _ in model.named_parameters()}
 (scale_dtype,) = {module.scale.dtype for module in rounded.modules() if getattr(module, "scale", None) is not None}
 dense = {name: value for name, value in rounded.state_dict().items() if name in names}
-settings = f"AutoRound(iters={given.steps}, batch_size={min(given.batch_size, samples)}, amp={amp})"
+sizes = f"iters={given.steps}, batch_size={min(given.batch_size, samples)}"
+settings = f"AutoRound({sizes}, amp={amp}, enable_torch_compile=False)"
 save(given, dense, took, scale_dtype, settings, ("auto-round",))
