@@ -84,8 +84,8 @@ def walk(
         visit: May change its private block, and says what it did. It runs without gradients; it may enable them.
         propagate: Whether later blocks see what changed blocks compute, or what the original ones do.
         recipe: Schemes of the stored tensors, for a resumed walk.
-        store: A directory in which each finished block is kept; a walk that finds some there goes on after them, whatever
-            made them: another method or other knobs want another store.
+        store: A directory in which each finished block is kept; a walk that finds some there goes on after them,
+            whatever made them: another method or other knobs want another store.
         progress: Called with (blocks done, blocks in all).
         full: Whether a second stream, the full-precision model's, goes along, and which side of it blocks get.
         offload: Whether hidden states wait on the CPU.
