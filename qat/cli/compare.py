@@ -18,12 +18,14 @@ from qat.report.runs import read
 def main(argv: list[str]) -> int:
     """Prints the comparison; with several runs and `--plots DIR`, draws them into one figure."""
     parser = argparse.ArgumentParser(prog="qat compare", description="Run directories side by side.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, such as runs/latest")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, or `latest`, the newest with a result")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.add_argument("--md", action="store_true", help="as Markdown")
     parser.add_argument("--plots", metavar="DIR", help="draw perplexity and KL against size into DIR")
     arguments = parser.parse_args(argv)
-    runs = [read(str(find(os.environ.get("QAT_RUNS", "runs"), path))) for path in arguments.runs]
+    root = os.environ.get("QAT_RUNS", "runs")
+    named = [path.removeprefix("run=") for path in arguments.runs]  # as the other verbs have it
+    runs = [read(str(find(root, path, lambda run: (run / "summary.json").is_file()))) for path in named]
     comparison = compare(runs)
     if arguments.json:
         print(json.dumps(comparison, indent=1))

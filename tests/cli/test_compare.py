@@ -27,6 +27,21 @@ def test_one_run(finished, capsys):
     assert all(name in out for name in ("fp", "rtn", "gptq", "awq", "qat"))
 
 
+def test_latest_is_the_newest_with_a_result(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished.path, tmp_path / "ptq" / "old")
+    shutil.copytree(finished.path, tmp_path / "ptq" / "new")
+    (tmp_path / "ptq" / "new" / "summary.json").unlink()
+    (tmp_path / "latest").symlink_to("ptq/new")
+    monkeypatch.setenv("QAT_RUNS", str(tmp_path))
+    for name in ("latest", "run=latest"):
+        assert main(["compare", name]) == 0
+        found = capsys.readouterr()
+        assert "gptq" in found.out
+        assert f"the newest that has: {tmp_path / 'ptq' / 'old'}" in found.err
+    assert main(["compare", str(tmp_path / "latest")]) == 1
+    assert "the run has no result yet" in capsys.readouterr().err
+
+
 def test_two_runs_as_json(finished, other, capsys):
     assert main(["compare", str(finished.path), str(other), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
