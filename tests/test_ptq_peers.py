@@ -191,7 +191,8 @@ def test_a_driver_saves_what_it_took(tmp_path):
         assert torch.equal(file.get_tensor("w"), IDS.float())
     assert row["scale_dtype"] == "float16"
     assert row["peak_mem_mb"] > 10
-    assert set(row) == {"seconds", "cpu_seconds", "peak_mem_mb", "scale_dtype", "settings", "versions"}
+    kept = {"seconds", "cpu_seconds", "peak_mem_mb", "device", "scale_dtype", "settings", "versions"}
+    assert set(row) == kept
 
 
 def test_rows_that_are_there_are_not_made_again(tmp_path):
