@@ -210,8 +210,8 @@ def test_rows_that_are_there_are_not_made_again(tmp_path):
     wanted, file = ptq_peers.cells(["llmcompressor", "gptqmodel", "qat"], ["gptq"], [4]), tmp_path / "x.json"
 
     def fill(wanted, calibration="a"):
-        content = read(file) | {"meta": {"calibration": calibration, "commit": "c"}}
-        return ptq_peers.fill(file, content, wanted, produce)
+        content = read(file) | {"meta": {"commit": "c"}}
+        return ptq_peers.fill(file, content, dict.fromkeys(wanted, calibration), produce)
 
     assert fill(wanted[:2]) == wanted[1:2]
     assert fill(wanted) == wanted[1:2]
@@ -221,6 +221,17 @@ def test_rows_that_are_there_are_not_made_again(tmp_path):
     assert [(one["tool"], one["ours"]) for one in read(file)["pairs"]] == [("llmcompressor", "gptq")]
     assert fill(wanted[:1], "b") == []
     assert {row["tool"]: row["calibration"] for row in read(file)["rows"]} == {"llmcompressor": "b", "qat": "a"}
+
+
+def test_rows_are_told_by_tokens_and_by_autorounds_steps():
+    import ptq_peers
+
+    given = Namespace(samples=16, seq_len=512, steps=64, batch_size=2)
+    said = [ptq_peers.calibrated(ptq_peers.Cell("qat", method, 2), given) for method in ("gptq", "autoround")]
+    assert said == ["16 x 512 of train, seed 0", "16 x 512 of train, seed 0, 64 steps of 2"]
+    for name in ("ptq_peers.json", "ptq_peers_gpu.json"):
+        rows = json.loads((ROOT / "scripts/results" / name).read_text(encoding="utf-8"))["rows"]
+        assert all(("steps of" in row["calibration"]) == (row["method"] == "autoround") for row in rows[1:])
 
 
 @pytest.mark.parametrize("name", ["ptq_peers.json", "ptq_peers_gpu.json"])

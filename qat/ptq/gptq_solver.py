@@ -54,7 +54,7 @@ def check(act_order: str, groups: str, **numbers: float) -> None:
 def settled(act_order: Order, groups: Groups, scheme: Scheme) -> tuple[Order, Groups]:
     """What `auto` is on a grid: on two bits or fewer whole groups, each on the weights at hand; otherwise `static`.
 
-    On four levels most of a weight's error is handed on, and a range of the original weights no longer fits what came.
+    On searched ranges: SmolLM2-135M at 2 bits in groups of 64, 16 x 512 tokens, has a KL of 2.6 for 11.2 of `static`.
     """
     if act_order != "auto":
         return act_order, groups

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The table "ours against peers": `bash scripts/reproduce/ptq.sh [arguments of ptq_peers.py]`. Repeated, it goes on.
+# On a GPU: --device cuda --samples 128 --steps 208 --json scripts/results/ptq_peers_gpu.json --tools qat llmcompressor autoround
 # WORK is where environments and weights are kept. Every peer gets an environment of its own; one that does not install
 # is said and left out. TORCH must be a build that the peers' pins allow: where the index has CUDA builds only under that
 # name, a CPU build is TORCH=torch==2.13.0+cpu with PIP_EXTRA_INDEX_URL naming the index that has it.

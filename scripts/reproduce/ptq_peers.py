@@ -205,15 +205,30 @@ def pairs(rows: list[Row]) -> list[Row]:
     return sorted(found, key=lambda one: (-int(one["recipe"][1]), one["tool"], one["method"]))
 
 
-def fill(file: Path, content: dict[str, Any], wanted: list[Cell], produce: Callable[[Cell], Row]) -> list[Cell]:
+def calibrated(cell: Cell, given: argparse.Namespace) -> str:
+    """On what a row is calibrated, in words, with AutoRound's steps."""
+    steps = f", {given.steps} steps of {given.batch_size}" if cell.method == "autoround" else ""
+    return f"{given.samples} x {given.seq_len} of train, seed 0{steps}"
+
+
+def fill(
+    file: Path,
+    content: dict[str, Any],
+    wanted: Mapping[Cell, str],
+    produce: Callable[[Cell], Row],
+) -> list[Cell]:
     """Adds the rows that are wanted and not there, one by one to the file; returns those that could not be had.
 
-    A row of other calibration data than `meta` says is made again, and gives its place up.
+    Args:
+        file: The results.
+        content: What it holds.
+        wanted: Cells and what each is to be `calibrated` on; a row of anything else is made again, in its place.
+        produce: Makes a row.
     """
-    failed, data = [], content["meta"]["calibration"]
-    for cell in wanted:
-        others = [row for row in content["rows"] if (row["tool"], row["method"], row["recipe"]) != cell.key]
-        if any(row["calibration"] == data for row in content["rows"] if row not in others):
+    failed = []
+    for cell, data in wanted.items():
+        rows = {(row["tool"], row["method"], row["recipe"]): row for row in content["rows"]}
+        if cell.key in rows and rows[cell.key]["calibration"] == data:
             continue
         try:
             row = produce(cell)
@@ -221,7 +236,8 @@ def fill(file: Path, content: dict[str, Any], wanted: list[Cell], produce: Calla
             print(error, file=sys.stderr)
             failed.append(cell)
             continue
-        content["rows"] = [*others, row | {"calibration": data, "commit": content["meta"]["commit"]}]
+        rows[cell.key] = row | {"calibration": data, "commit": content["meta"]["commit"]}
+        content["rows"] = list(rows.values())
         content["pairs"] = pairs(content["rows"])
         write(file, content)
         print(f"{cell}: ppl {row['ppl']:.3f}, KL {row['kl']:.4f}", file=sys.stderr)
@@ -301,7 +317,6 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "argv": [Path(word).name if Path(word).is_absolute() else word for word in sys.argv],
         "data": tokens.fingerprint,
-        "calibration": f"{given.samples} x {given.seq_len} of train, seed 0",
     }
     if not content["rows"]:
         content["rows"].append({"tool": "-", "method": "fp", "recipe": "-"} | judged(full, windows, full))
@@ -315,7 +330,8 @@ def main() -> None:
             file.unlink()
         return row
 
-    failed = fill(given.json, content, cells(given.tools, given.methods, given.bits), produce)
+    wanted = {cell: calibrated(cell, given) for cell in cells(given.tools, given.methods, given.bits)}
+    failed = fill(given.json, content, wanted, produce)
     mark = f"<!-- from: {given.json} -->"
     print(f"{mark}\n{table(content['rows'])}\n\n{mark}\n{pairs_table(pairs(content['rows']))}")
     sys.exit(1 if failed else 0)

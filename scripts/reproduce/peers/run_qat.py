@@ -22,10 +22,9 @@ from qat.models import hf
 from qat.surgery.convert import apply
 
 PAPER = ["method.asymmetry=0", "observer=minmax", "method.observer=${observer}"]
-STATIC = ["method.act_order=static"]
 GROUP = ["method.act_order=group", "method.groups=current"]
 VARIANTS = {
-    "gptq_paper": [*PAPER, *STATIC],
+    "gptq_paper": [*PAPER, "method.act_order=static"],
     "gptq_group": GROUP,
     "gptq_paper_group": [*PAPER, *GROUP, "method.damping=0.05"],
     "awq_duo": ["method.duo_scaling=true", "method.clip=false"],
