@@ -165,7 +165,7 @@ def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme, dtype:
     """The inverse of `pack_tensor`, with scales in `dtype`.
 
     Raises:
-        ValueError: A part has the wrong shape or dtype, or a scale is not a positive number.
+        ValueError: A part has the wrong shape or dtype, or a scale is zero or not finite.
     """
     qweight, qzeros, scales = (parts[part] for part in PARTS)
     if qweight.dim() != 2 or scales.dim() != 2:
@@ -173,7 +173,7 @@ def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme, dtype:
     rows, columns = scales.shape[1], qweight.shape[0]
     try:
         groups = scheme.granularity.scale_shape((rows, columns))[1]
-        scale = from_half(scales.T.contiguous(), dtype)
+        scale = from_half(scales.T.contiguous(), dtype, True)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     wanted = {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}

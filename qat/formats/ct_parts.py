@@ -91,8 +91,8 @@ def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme, packed
     """The inverse of `pack_tensor`; a g_idx is read where there is one.
 
     Raises:
-        ValueError: A part has the wrong shape or dtype, a code is none of the grid's, or a scale is not a positive
-            number; the message names it.
+        ValueError: A part has the wrong shape or dtype, a code is none of the grid's, or a scale is zero, not
+            finite, or negative where it has no sign; the message names it.
     """
     if isinstance(scheme.grid, IntGrid) and packed:
         codes = _bitstream(name, parts, scheme.grid.bits)
@@ -186,7 +186,7 @@ def _scale(name: str, scale: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> 
         _check(where, scale, torch.float8_e4m3fn, expected)
     elif tuple(scale.shape) != expected or not scale.is_floating_point():
         raise ValueError(f"{where}: {scale.dtype} {tuple(scale.shape)}, expected {expected}")
-    _positive(where, scale)
+    _positive(where, scale, isinstance(scheme.grid, IntGrid) and scheme.symmetric)
     return scale
 
 
@@ -195,7 +195,7 @@ def _check(where: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
         raise ValueError(f"{where}: {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}")
 
 
-def _positive(where: str, scale: Tensor) -> None:
-    values = scale.float()
+def _positive(where: str, scale: Tensor, signed: bool = False) -> None:
+    values = scale.float().abs() if signed else scale.float()
     if not bool((torch.isfinite(values) & (values > 0)).all()):
-        raise ValueError(f"{where}: a scale is zero, negative or not finite")
+        raise ValueError(f"{where}: a scale is zero{'' if signed else ', negative'} or not finite")

@@ -207,14 +207,14 @@ def unpack_tensor(name: str, blocks: Tensor, kind: Type, dtype: torch.dtype, sch
     """The inverse of `pack_tensor`, with scales in `dtype`.
 
     Raises:
-        ValueError: A scale is not a positive number, or a minimum is no whole multiple of its scale; names the module.
+        ValueError: A scale is zero or not finite, or a minimum is no whole multiple of its scale; names the module.
     """
     head, size = HEADS[kind], gguf.GGML_QUANT_SIZES[kind][1]
     split = blocks.reshape(len(blocks), -1, size)
     half = split[..., :head].contiguous().view(torch.float16)
     rows, columns = len(blocks), split.shape[1] * BLOCK
     try:
-        scale = from_half(half[..., 0].contiguous(), dtype)
+        scale = from_half(half[..., 0].contiguous(), dtype, scheme.symmetric)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     payload = split[..., head:].contiguous()

@@ -147,7 +147,7 @@ def unpack_tensor(
     """The inverse of `pack_tensor`, with scales in `dtype`.
 
     Raises:
-        ValueError: A part has the wrong shape or dtype, a scale is not a positive number, groups are not all of one
+        ValueError: A part has the wrong shape or dtype, a scale is zero or not finite, groups are not all of one
             size, or zeros are those of the other version.
     """
     qweight, qzeros, scales, g_idx = (parts[part] for part in PARTS)
@@ -156,7 +156,7 @@ def unpack_tensor(
     bits, rows, columns = scheme.grid.bits, scales.shape[1], len(g_idx)
     try:
         groups = scheme.granularity.scale_shape((rows, columns))[1]
-        scale = from_half(scales.T.contiguous(), dtype)
+        scale = from_half(scales.T.contiguous(), dtype, scheme.symmetric)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     wanted = {

@@ -68,14 +68,15 @@ def in_half(name: str, scale: Tensor) -> Tensor:
     )
 
 
-def from_half(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `in_half`.
+def from_half(scale: Tensor, dtype: torch.dtype, signed: bool) -> Tensor:
+    """The inverse of `in_half`; `signed`: whether scales may be negative, as without zero points they may.
 
     Raises:
-        ValueError: A scale is not a positive number, or `dtype` does not hold it.
+        ValueError: A scale is zero, not finite or, unless `signed`, negative; or `dtype` does not hold it.
     """
-    if not scale.is_floating_point() or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ValueError("a scale is zero, negative or not finite")
+    size = scale.abs() if signed else scale
+    if not scale.is_floating_point() or not bool((torch.isfinite(size) & (size > 0)).all()):
+        raise ValueError(f"a scale is zero{'' if signed else ', negative'} or not finite")
     found = scale.to(dtype)
     if not torch.equal(found.to(scale.dtype), scale):
         raise ValueError(f"a scale in {scale.dtype} is none that {dtype} holds, in which the file says it was made")

@@ -9,7 +9,7 @@ s = s_b / g, with s_b in e4m3 and one fp32 divisor g. A scale of shape S groups 
 `granularity.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -37,18 +37,28 @@ def ranges(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return grouped.amin(-1), grouped.amax(-1)
 
 
-def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds positive fp32 scales to `dtype`; one that underflows takes the dtype's smallest positive value.
+def shrunken(lo: Tensor, hi: Tensor, factors: Iterable[float], scheme: Scheme) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ranges to choose from: `lo` to `hi` times each factor and, where scales have signs, the same ones mirrored."""
+    for factor in factors:
+        low, high = lo * factor, hi * factor
+        yield low, high
+        if scheme.convention == "signed":
+            yield -high, -low
 
-    e4m3 saturates at 448. e8m0 takes the power of two that is nearest on a logarithmic axis.
+
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds fp32 scales to `dtype`; one that underflows takes the dtype's smallest magnitude, with its sign.
+
+    Narrow dtypes have positive scales alone: e4m3 saturates at 448, e8m0 takes the power of two that is nearest on a
+    logarithmic axis.
     """
     if dtype == torch.float8_e4m3fn:
         return scale.clamp(2.0**-9, 448.0).to(dtype)
     if dtype == torch.float8_e8m0fnu:
         bits = scale.clamp(2.0**-126, 2.0**127).view(torch.int32) + 0x004AFB0D  # carries from sqrt(2) on
         return (bits & 0x7F800000).view(torch.float32).to(dtype)
-    info = torch.finfo(dtype)
-    return scale.to(dtype).clamp(min=info.smallest_normal * info.eps)
+    info, rounded = torch.finfo(dtype), scale.to(dtype)
+    return rounded.abs().clamp_(min=info.smallest_normal * info.eps).copysign_(rounded)
 
 
 def served(scale: Tensor, global_scale: Tensor | None) -> Tensor:
@@ -78,8 +88,9 @@ def qparams(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point for groups that range from `lo` to `hi` (fp32).
 
-    Symmetric: `s = max(|lo|, |hi|) / reach` and no zero point. Asymmetric: the range is widened to hold 0,
-    `s = (hi - lo) / (2**b - 1)`, `z = clamp(rint(qmin - lo / s))` with the rounded s. Two-level:
+    Symmetric: `s = max(|lo|, |hi|) / reach` and no zero point; by the signed convention over `2**(b-1)`, and negative
+    where `hi` is the longer end, so that a mirrored range has the other sign. Asymmetric: the range is widened to hold
+    0, `s = (hi - lo) / (2**b - 1)`, `z = clamp(rint(qmin - lo / s))` with the rounded s. Two-level:
     `s_b = g absmax / high`. Powers of two: `2**(floor(log2(absmax')) - exponent)` where magnitudes
     from 1.75 * 2**k on count as 2**(k+1), as in compressed-tensors. All-zero groups: s = 1, z = 0.
 
@@ -110,7 +121,7 @@ def qparams(
     if check and not bool(torch.isfinite(span if stored.itemsize == 1 else scale).all()):
         raise ValueError(f"a scale is not finite in {stored}: the tensor holds inf, NaN or values beyond the dtype")
     if scheme.symmetric:
-        return scale, None
+        return torch.where(hi > -lo, -scale, scale) if scheme.convention == "signed" else scale, None
     assert isinstance(grid, IntGrid)
     zero_point = torch.round(grid.qmin - lo / scale.float()).clamp(grid.qmin, grid.qmax)
     return scale, torch.where(empty, torch.zeros_like(zero_point), zero_point).to(torch.int8)
@@ -126,7 +137,7 @@ def _scale(span: Tensor, scheme: Scheme, g: Tensor | None) -> Tensor:
         return _over(g * span, grid.high)
     if isinstance(grid, IntGrid) and not scheme.symmetric:
         return _over(span, grid.steps)
-    return _over(span, grid.high if scheme.convention == "vllm" else grid.reach)
+    return _over(span, {"ct": grid.reach, "vllm": grid.high, "signed": -grid.low}[scheme.convention])
 
 
 def _over(span: Tensor, number: float) -> Tensor:

@@ -16,7 +16,8 @@ class Rule:
         input: Scheme of the module's input, or None.
 
     Raises:
-        ValueError: `match` is no regular expression, or an input scheme stands without a weight scheme.
+        ValueError: `match` is no regular expression, or an input scheme stands without a weight scheme, or has
+            signed scales.
     """
 
     match: str
@@ -30,6 +31,8 @@ class Rule:
             raise ValueError(f"match={self.match!r} is not a regular expression: {error}") from None
         if self.weight is None and self.input is not None:
             raise ValueError(f"match={self.match!r}: an input scheme needs a weight scheme beside it")
+        if self.input is not None and self.input.convention == "signed":
+            raise ValueError(f"match={self.match!r}: convention='signed' is for weights; an input's scale is positive")
 
     def matches(self, name: str) -> bool:
         """Whether the rule speaks of the module of this name."""

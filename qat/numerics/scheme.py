@@ -7,7 +7,7 @@ from qat.numerics.grid import Codebook, FloatGrid, Grid, IntGrid
 
 E4M3, E8M0 = "float8_e4m3fn", "float8_e8m0fnu"
 SCALE_DTYPES = ("float32", "bfloat16", "float16", E4M3, E8M0)
-CONVENTIONS = ("ct", "vllm")
+CONVENTIONS = ("ct", "vllm", "signed")
 INPUT_PARTS = ("input_scale", "input_zero_point", "input_global_scale")
 
 
@@ -23,7 +23,10 @@ class Scheme:
         scale_dtype: Name of the dtype that the scale is stored in; None means the storage dtype of the export.
             `float8_e4m3fn` brings a second, per-tensor fp32 scale (NVFP4); `float8_e8m0fnu` has powers of two (MX).
         convention: How a symmetric integer scale follows from absmax; `ct`, as compressed-tensors has it:
-            `absmax / ((2**bits - 1) / 2)`; `vllm`, as its dynamic activations have it: `absmax / (2**(bits-1) - 1)`.
+            `absmax / ((2**bits - 1) / 2)`; `vllm`, as its dynamic activations have it: `absmax / (2**(bits-1) - 1)`;
+            `signed`, as auto-round and GGUF have it: `absmax / 2**(bits-1)`, negative where the largest magnitude is
+            a positive number, so that the code -2**(bits-1) always stands at the longer end, and a step is the shortest
+            of the three.
 
     Raises:
         ValueError: A combination that means nothing.
@@ -54,6 +57,8 @@ class Scheme:
             raise ValueError(f"convention={self.convention!r}: one of {', '.join(CONVENTIONS)}")
         if self.convention != "ct" and not (self.symmetric and isinstance(self.grid, IntGrid)):
             raise ValueError(f"convention={self.convention!r} is about symmetric integer grids; use ct")
+        if self.convention == "signed" and self.dynamic:
+            raise ValueError("convention='signed' with dynamic=true: kernels take scales of activations as positive")
         if self.scale_dtype in (E4M3, E8M0) and not isinstance(self.grid, FloatGrid):
             raise ValueError(f"scale_dtype={self.scale_dtype!r} goes with a FloatGrid, not with {self.grid}")
         if self.two_level and not isinstance(self.granularity, PerGroup):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qat.nn.observers.base import Observer, Range
-from qat.numerics.affine import dequantize, qparams, quantize, ranges
+from qat.numerics.affine import dequantize, qparams, quantize, ranges, shrunken
 from qat.numerics.scheme import Scheme
 
 EXEMPT = ("q_proj", "k_proj")  # their outputs meet in a softmax: an error of one alone says little
@@ -54,8 +54,7 @@ def clipped_range(
 
     best_lo, best_hi = observer.observe(weight_OI, scheme, dtype, g)
     best = error(best_lo, best_hi)
-    for factor in FACTORS:
-        lo, hi = low * factor, high * factor
+    for lo, hi in shrunken(low, high, FACTORS, scheme):
         found = error(lo, hi)
         better = found < best
         best = torch.where(better, found, best)

@@ -247,7 +247,7 @@ def _box(boxes: dict[QATLinear | QATEmbedding, Tensor]) -> None:
     """Brings every weight back to within half a step, of its scale as it now is, of where it was."""
     for linear, centre in boxes.items():
         scale, _ = linear.weight_fake_quant.qparams()
-        half, middle = scale.float().unsqueeze(-1) / 2, group(centre, scale)
+        half, middle = scale.float().abs().unsqueeze(-1) / 2, group(centre, scale)
         inside = group(linear.weight, scale).clamp(middle - half, middle + half)
         linear.weight.copy_(inside.reshape(centre.shape))
 

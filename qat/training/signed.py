@@ -50,7 +50,7 @@ class SignedSGD(Optimizer):
     def _unit(self, weight: Tensor) -> Tensor:
         """The quantization step of each element."""
         scale, _ = self._linears[weight].weight_fake_quant.qparams()
-        return scale.float().unsqueeze(-1).expand(group(weight, scale).shape).reshape(weight.shape)
+        return scale.float().abs().unsqueeze(-1).expand(group(weight, scale).shape).reshape(weight.shape)
 
 
 def signed(student: nn.Module, steps: int, lr: float | None, scale_lr: float | None) -> tuple[Optimizer, LambdaLR]:

@@ -2,9 +2,11 @@
 
 import fcntl
 import hashlib
+import json
 import os
 from argparse import Namespace
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -88,8 +90,17 @@ def settings(cell: Cell, given: Namespace) -> list[str]:
 
 
 def written(cell: Cell, given: Namespace) -> str:
-    """Settings as the file has them: where the model lies is no part of them."""
-    return " ".join(text for text in settings(cell, given) if not text.startswith("model.path="))
+    """Settings as the file has them: where the model lies is no part of them, what the recipe says is."""
+    said = [] if cell.recipe == "-" else [rules(cell.recipe)]
+    return " ".join([*(text for text in settings(cell, given) if not text.startswith("model.path=")), *said])
+
+
+@cache
+def rules(recipe: str) -> str:
+    """What a recipe of this name says, as JSON: it may change, and its name stay."""
+    config, problems = validate(VERBS["run"], [f"recipe={recipe}"], Tree.of([]))
+    assert not problems, f"recipe={recipe}: {problems[0]}"
+    return json.dumps(config["recipe"], separators=(",", ":"))
 
 
 def digest(cell: Cell, given: Namespace) -> str:

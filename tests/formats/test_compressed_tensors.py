@@ -31,7 +31,7 @@ SCHEMES = [
 Q = "model.layers.0.self_attn.q_proj"
 FORMATS = {
     **dict.fromkeys((name for name in RECIPES if name.startswith("w8a8")), "int-quantized"),
-    **dict.fromkeys(("w4a8", "w4a8_fp8"), "pack-quantized"),
+    **dict.fromkeys(("w4a8", "w4a8_fp8", "w2_signed"), "pack-quantized"),
     **dict.fromkeys(("fp8", "fp8_static", "fp8_tensor"), "float-quantized"),
     "fp8_weights": "naive-quantized",
     **dict.fromkeys(("mxfp8", "mxfp8a16"), "mxfp8-quantized"),

@@ -1,5 +1,6 @@
 """The algebra against exact arithmetic, and law (b) at its root."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -11,6 +12,7 @@ from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import IntGrid
 from qat.numerics.scheme import Scheme
 
+SIGNED = Scheme(IntGrid(4), PerChannel(), convention="signed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRANULARITIES = (PerTensor(), PerChannel(), PerGroup(16), PerToken())
 
@@ -62,6 +64,28 @@ def test_symmetric_scale_is_absmax_over_half_the_steps():
     assert float(scale) == 1.0
     assert zero is None
     assert codes.tolist() == [[-8, 1, 3, 7]]
+
+
+def test_a_signed_scale_has_the_smallest_code_at_the_longer_end():
+    x = torch.tensor([[-8.0, 1.0, 3.0, 7.0], [8.0, -1.0, -3.0, -7.0], [4.0, 1.0, 0.0, 2.0], [-2.0, 2.0, 1.0, 0.0]])
+    codes, scale, zero = rtn(x, SIGNED, torch.float32)
+    assert scale.flatten().tolist() == [1.0, -1.0, -0.5, 0.25]
+    assert zero is None
+    assert codes.tolist() == [[-8, 1, 3, 7], [-8, 1, 3, 7], [-8, -2, 0, -4], [-8, 7, 4, 0]]
+    assert torch.equal(qparams(torch.zeros(2), torch.zeros(2), SIGNED, torch.float32)[0], torch.ones(2))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_signed_scales_clip_nothing_but_the_shorter_end_and_a_mirrored_range_has_the_other_sign(bits):
+    scheme, x = replace(SIGNED, grid=IntGrid(bits)), torch.randn(64, 32)
+    lo, hi = ranges(x, scheme)
+    scale, _ = qparams(lo, hi, scheme, torch.float32)
+    back = dequantize(quantize(x, scale, None, scheme.grid), scale, None, torch.float32)
+    steps = (back - x).abs() / scale.abs()
+    assert torch.equal(scale.sign(), torch.where(hi > -lo, -1.0, 1.0))
+    assert float(steps.gather(1, x.abs().argmax(1, keepdim=True)).max()) < 1e-5  # the largest magnitude is a level
+    assert float(steps.max()) <= 1 + 1e-5  # the other end has one level less
+    assert torch.equal(qparams(-hi, -lo, scheme, torch.float32)[0], -scale)
 
 
 def test_halves_round_to_even_and_the_zero_point_is_added_after():
@@ -140,6 +164,7 @@ def test_round_scale_never_gives_zero():
     scales = torch.tensor([1e-45, 1e-30, 1.0])
     for dtype in DTYPES:
         assert bool((round_scale(scales, dtype) > 0).all())
+        assert torch.equal(round_scale(-scales, dtype), -round_scale(scales, dtype))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

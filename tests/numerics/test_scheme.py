@@ -21,6 +21,8 @@ def test_schemes_are_values():
         ({"granularity": PerToken()}, "needs dynamic=true"),
         ({"scale_dtype": "int8"}, "scale_dtype='int8': one of float32"),
         ({"convention": "narrow"}, "convention='narrow': one of ct"),
+        ({"convention": "signed", "dynamic": True}, "convention='signed' with dynamic=true"),
+        ({"convention": "signed", "symmetric": False}, "about symmetric integer grids"),
     ],
 )
 def test_what_means_nothing_is_refused(change, message):

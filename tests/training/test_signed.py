@@ -1,5 +1,7 @@
 """AutoRound: steps of one size, roundings that stay within half a step, and blocks that end closer to their targets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import recipe, tiny
@@ -16,14 +18,21 @@ BATCHES = list(torch.randint(0, 256, (8, 16), generator=torch.Generator().manual
 KNOBS = {"observer": MinMax(), "estimator": EfficientQAT(), "train": ("round", "scales"), "signed": True}
 
 
-def student():
+def student(convention="ct"):
     model = tiny(layers=1)
-    prepare(model, recipe(3), MinMax(), EfficientQAT())
+    prepare(model, by(convention), MinMax(), EfficientQAT())
     return model
 
 
-def test_a_step_has_one_size_for_weights_in_steps_of_their_grid_and_for_scales():
-    model = student()
+def by(convention):
+    found = recipe(3)
+    rules = {k: replace(r, weight=replace(r.weight, convention=convention)) for k, r in found.rules.items() if r.weight}
+    return replace(found, rules=found.rules | rules)
+
+
+@pytest.mark.parametrize("convention", ["ct", "signed"])
+def test_a_step_has_one_size_for_weights_in_steps_of_their_grid_and_for_scales(convention):
+    model = student(convention)
     linear = next(iter(fake_quants(model).values()))
     (scale,) = [p for p in linear.weight_fake_quant.parameters() if p.requires_grad]
     optimizer = SignedSGD(model, 0.25, 0.125)
@@ -31,7 +40,7 @@ def test_a_step_has_one_size_for_weights_in_steps_of_their_grid_and_for_scales()
     linear.weight.grad, scale.grad = torch.randn_like(weight), torch.randn_like(log)
     linear.weight.grad[:, 3] = 0
     optimizer.step()
-    unit = unit.detach().float().repeat_interleave(32, 1)
+    unit = unit.detach().float().abs().repeat_interleave(32, 1)
     assert torch.equal(linear.weight, weight - 0.25 * unit * linear.weight.grad.sign())
     assert torch.equal(linear.weight[:, 3], weight[:, 3])
     assert torch.equal(scale, log - 0.125 * scale.grad.sign())
@@ -49,11 +58,14 @@ def test_rates_are_one_over_the_steps_and_fall_to_nothing():
     assert [group["lr"] for group in optimizer.param_groups] == [0, 0]
 
 
-def test_blocks_end_closer_and_no_code_is_more_than_one_from_its_nearest():
+@pytest.mark.parametrize("convention", ["ct", "signed"])
+def test_blocks_end_closer_and_no_code_is_more_than_one_from_its_nearest(convention):
     """Scales held, so that the grid is that of rounding to nearest."""
     model = tiny(layers=2)
-    found = blockwise(model, recipe(3), BATCHES, **{**KNOBS, "train": ("round",)}, epochs=6, lr=None, scale_lr=None)
-    nearest = rtn(model, recipe(3), [], observer=MinMax())
+    found = blockwise(
+        model, by(convention), BATCHES, **{**KNOBS, "train": ("round",)}, epochs=6, lr=None, scale_lr=None
+    )
+    nearest = rtn(model, by(convention), [], observer=MinMax())
     assert all(row["loss"] < 0.8 * row["initial"] for row in found.layers)
     moved = 0
     for name, tensor in nearest.tensors.items():

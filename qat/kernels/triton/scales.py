@@ -27,9 +27,10 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def at_least(s, TINY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Positive numbers, at least the one with this bit pattern; NaN stays."""
+    """Numbers of at least this magnitude, given as a bit pattern; signs and NaN stay."""
     bits = bits_of(s)
-    return tl.where((s == s) & (bits < TINY), TINY, bits).to(tl.float32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    return tl.where((s == s) & (size < TINY), TINY | (bits ^ size), bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qat.kernels.fake_quant import fake_quantize
 from qat.nn.observers.base import Observer, Range
-from qat.numerics.affine import qparams, ranges
+from qat.numerics.affine import qparams, ranges, shrunken
 from qat.numerics.scheme import Scheme
 
 
@@ -16,9 +16,9 @@ class MSE(Observer):
     """Shrinks the min-max range of every group by the factor, among `points`, that rounds it best.
 
     Factors run evenly from 1 down to `smallest`, both included, and the error of a group is sum |Q(x) - x|**norm with
-    the scale already rounded to its stored dtype. GPTQ's own search (`mse=True`) has 80 points, 0.2 and norm 2.4. A
-    range is searched on the whole tensor at once and held to rows of at most `ROWS`, so that memory stays flat. Ranges
-    of several batches of activations are averaged.
+    the scale already rounded to its stored dtype; by the signed convention each is tried with either sign. GPTQ's own
+    search (`mse=True`) has 80 points, 0.2 and norm 2.4. A range is searched on the whole tensor at once and held to
+    rows of at most `ROWS`, so that memory stays flat. Ranges of several batches of activations are averaged.
 
     Raises:
         ValueError: `points` below 1, or `smallest` or `norm` out of their range.
@@ -50,7 +50,7 @@ class MSE(Observer):
     def _search(self, x: Tensor, scheme: Scheme, dtype: torch.dtype, g: Tensor | None) -> Range:
         lo, hi = ranges(x, scheme)
         factors = [1 - (1 - self.smallest) * i / max(self.points - 1, 1) for i in range(self.points)]
-        lows, highs = torch.stack([lo * f for f in factors]), torch.stack([hi * f for f in factors])
+        lows, highs = (torch.stack(ends) for ends in zip(*shrunken(lo, hi, factors, scheme), strict=True))
         scales, zeros = qparams(lows, highs, scheme, dtype, g)  # of all candidates at once: a GPU's host waits in it
         best_lo, best_hi, best = lo, hi, torch.full_like(lo, torch.inf)
         for i, (low, high, scale) in enumerate(zip(lows, highs, scales, strict=True)):

@@ -41,6 +41,8 @@ def case(shape, grid, symmetric, source=torch.float32, upper=torch.float32):
         x / 1.5, Scheme(grid, PerChannel() if size is None else PerGroup(size), symmetric), torch.float16
     )
     s = served_scale(scale, torch.randn(scale.shape, device=DEVICE) * 0.2).float()
+    if symmetric and isinstance(grid, IntGrid):
+        s.view(-1)[::3] *= -1  # as the signed convention has some
     step = None if zero is None else torch.randn(scale.shape, device=DEVICE) * 2
     z = 0 if zero is None else served_zero(zero, step, grid).float().unsqueeze(-1)
     edges = [grid.low, grid.high, grid.low - grid.outer, grid.high + grid.outer]
@@ -74,7 +76,7 @@ def closed_form(estimator, grid, grad, x, s, zero, step):
     upper = group(grad.double(), s)
     g = 1 / math.sqrt(u.shape[-1] * grid.high) if getattr(estimator, "scale_gradient", False) else 1.0
     terms = (torch.where(inside, level - u, level) * upper, -upper * ~inside)
-    return [((t * g).sum(-1) * s, (t * g).abs().sum(-1) * s) for t in terms]
+    return [((t * g).sum(-1) * s, (t * g).abs().sum(-1) * s.abs()) for t in terms]
 
 
 def check(estimator, grid, parts):

@@ -46,11 +46,14 @@ def served(scale, step):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter truncates to bf16
 def test_a_served_scale_is_the_references(dtype):
     scale = torch.logspace(-7, 4, 3000).to(dtype).to(DEVICE)
+    scale[::3] *= -1
     assert torch.equal(served(scale, None), scale.float())
     step = torch.randn(3000, device=DEVICE)
     expected = served_scale(scale, step).float()
     assert torch.allclose(served(scale, step), expected, rtol=1e-6 if dtype is torch.float32 else 2e-3)
-    assert float(served(scale, torch.full_like(step, -90.0)).min()) > 0
+    least = served(scale, torch.full_like(step, -90.0))
+    assert torch.equal(least, served_scale(scale, torch.full_like(step, -90.0)).float())
+    assert torch.equal(least.sign(), scale.float().sign())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

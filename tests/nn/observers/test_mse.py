@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import scheme
@@ -30,6 +32,17 @@ def test_it_finds_the_best_candidate_by_brute_force(norm):
     best = torch.stack([error(x, s, qp, norm) for qp in candidates]).amin(0)
     found = error(x, s, MSE(17, 0.2, norm).qparams(x, s, torch.bfloat16), norm)
     assert torch.allclose(found, best, rtol=1e-3)
+
+
+def test_signed_scales_are_tried_with_either_sign():
+    x, s = torch.randn(64, 64), replace(scheme(2), convention="signed")
+    lo, hi = ranges(x, s)
+    ends = [e for f in torch.linspace(1, 0.2, 17).tolist() for e in ((lo * f, hi * f), (-hi * f, -lo * f))]
+    best = torch.stack([error(x, s, qparams(*e, s, torch.bfloat16)) for e in ends]).amin(0)
+    found = MSE(17).qparams(x, s, torch.bfloat16)
+    assert torch.allclose(error(x, s, found), best, rtol=1e-3)
+    longer = MinMax().qparams(x, s, torch.bfloat16)[0].sign()
+    assert bool((found[0].sign() != longer).any())
 
 
 def test_one_point_is_minmax():
