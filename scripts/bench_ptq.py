@@ -47,7 +47,8 @@ from qat.ptq.gptq import gptq  # noqa: E402
 from qat.ptq.rtn import rtn  # noqa: E402
 from qat.surgery.changes import Changes  # noqa: E402
 
-RECIPE = Recipe({"linears": Rule(".*_proj", Scheme(IntGrid(4), PerGroup(128))), "lm_head": Rule("lm_head", None)})
+WEIGHTS = Scheme(IntGrid(4), PerGroup(128), convention="signed")
+RECIPE = Recipe({"linears": Rule(".*_proj", WEIGHTS), "lm_head": Rule("lm_head", None)})
 METHODS: dict[str, Callable[..., Changes]] = {
     "rtn": partial(rtn, observer=MinMax()),
     "mse_rtn": partial(rtn, observer=MSE()),

