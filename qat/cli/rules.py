@@ -116,7 +116,7 @@ def arms(config: dict[str, Any]) -> Iterator[Problem]:
         for path, text in out_of_range(node, KNOBS):
             yield Problem(f"{where}.{path}", text)
         order, groups = at(node, "act_order"), at(node, "groups")
-        if order in ("static", "auto") and groups in ("current", "stale"):
+        if order == "static" and groups in ("current", "stale"):
             text = f"{groups} ranges go with act_order=group, dynamic or none, which take whole groups; it is {order}"
             yield Problem(f"{where}.groups", text)
 

@@ -26,7 +26,7 @@ class Scheme:
             `absmax / ((2**bits - 1) / 2)`; `vllm`, as its dynamic activations have it: `absmax / (2**(bits-1) - 1)`;
             `signed`, as auto-round and GGUF have it: `absmax / 2**(bits-1)`, negative where the largest magnitude is
             a positive number, so that the code -2**(bits-1) always stands at the longer end, and a step is the shortest
-            of the three.
+            of the three. Where there is a zero point, or no integer grid, `signed` has no meaning and is `ct`.
 
     Raises:
         ValueError: A combination that means nothing.
@@ -53,18 +53,24 @@ class Scheme:
             raise ValueError(f"symmetric=false with grid {self.grid}: only integer grids have a zero point")
         if self.scale_dtype is not None and self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype={self.scale_dtype!r}: one of {', '.join(SCALE_DTYPES)}, or null")
-        if self.convention not in CONVENTIONS:
-            raise ValueError(f"convention={self.convention!r}: one of {', '.join(CONVENTIONS)}")
-        if self.convention != "ct" and not (self.symmetric and isinstance(self.grid, IntGrid)):
-            raise ValueError(f"convention={self.convention!r} is about symmetric integer grids; use ct")
-        if self.convention == "signed" and self.dynamic:
-            raise ValueError("convention='signed' with dynamic=true: kernels take scales of activations as positive")
+        self._check_convention()
         if self.scale_dtype in (E4M3, E8M0) and not isinstance(self.grid, FloatGrid):
             raise ValueError(f"scale_dtype={self.scale_dtype!r} goes with a FloatGrid, not with {self.grid}")
         if self.two_level and not isinstance(self.granularity, PerGroup):
             raise ValueError(f"scale_dtype={E4M3!r} goes with PerGroup: a per-tensor scale is its second level")
         if isinstance(self.granularity, PerToken) and not self.dynamic:
             raise ValueError("granularity=PerToken needs dynamic=true: tokens are not known before they come")
+
+    def _check_convention(self) -> None:
+        meant = self.symmetric and isinstance(self.grid, IntGrid)
+        if self.convention == "signed" and not meant:
+            object.__setattr__(self, "convention", "ct")  # so that a recipe of signed scales may be given another grid
+        if self.convention not in CONVENTIONS:
+            raise ValueError(f"convention={self.convention!r}: one of {', '.join(CONVENTIONS)}")
+        if self.convention == "vllm" and not meant:
+            raise ValueError("convention='vllm' is about symmetric integer grids; use ct")
+        if self.convention == "signed" and self.dynamic:
+            raise ValueError("convention='signed' with dynamic=true: kernels take scales of activations as positive")
 
     @property
     def two_level(self) -> bool:

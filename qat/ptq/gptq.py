@@ -41,7 +41,7 @@ def gptq(
     batches: list[Tensor],
     *,
     observer: Observer,
-    act_order: Order = "auto",
+    act_order: Order = "static",
     groups: Groups = "static",
     damping: float = 0.01,
     block_size: int = 128,
@@ -63,9 +63,7 @@ def gptq(
         act_order: `static`: columns go in descending order of activation energy; `group`: groups do, and columns in
             each, as GPTQModel has it; `none`: from left to right; `dynamic`: as `static`, and groups are formed in that
             order, so that each tensor has a `g_idx`, which GPTQ's layout and compressed-tensors' pack-quantized carry.
-            With `static` ranges it is llm-compressor's `actorder=group`, with `stale` ones AutoGPTQ's desc_act. `auto`:
-            `group` with `current` ranges on grids of two bits or fewer, `static` on others: what searched ranges want;
-            min-max ranges of weights at hand are too wide there, `static` is better.
+            With `static` ranges it is llm-compressor's `actorder=group`, with `stale` ones AutoGPTQ's desc_act.
         groups: On which weights the range of a group is found: `static`, the original ones; `current`, those at hand
             when its first column is rounded, as the paper says; `stale`, those at hand when the block of its first
             column begins, as the paper's code and GPTQModel have it (codes then depend on `block_size`).
@@ -81,7 +79,7 @@ def gptq(
         device: Where one block at a time is worked on; None: where the model is, which may stay on the CPU.
 
     Returns:
-        Changes; `layers` has a row for each linear with `loss`, `damping`, `act_order`, `seconds` and `fallback` (why
+        Changes; `layers` has a row for each linear with `loss`, `damping`, `seconds` and `fallback` (why
         it was rounded to nearest instead, or None).
 
     Raises:

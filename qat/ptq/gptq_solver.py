@@ -23,7 +23,7 @@ from qat.numerics.scheme import Scheme
 MAX_DAMPING = 1.0
 NOT_FINITE = "the Hessian is not finite, or not one of real inputs"
 
-Order = Literal["none", "static", "group", "dynamic", "auto"]
+Order = Literal["none", "static", "group", "dynamic"]
 Groups = Literal["static", "current", "stale"]
 
 
@@ -47,18 +47,6 @@ def check(act_order: str, groups: str, **numbers: float) -> None:
             f"groups={groups}: with act_order=static the columns of a group are taken at different times; "
             f"use act_order=group, which takes whole groups, act_order=dynamic, which makes them in that order, or none"
         )
-    if act_order == "auto" and groups != "static":
-        raise ValueError(f"groups={groups}: act_order=auto chooses for each grid; say act_order=group, dynamic or none")
-
-
-def settled(act_order: Order, groups: Groups, scheme: Scheme) -> tuple[Order, Groups]:
-    """What `auto` is on a grid: on two bits or fewer whole groups, each on the weights at hand; otherwise `static`.
-
-    On searched ranges: SmolLM2-135M at 2 bits in groups of 64, 16 x 512 tokens, has a KL of 2.6 for 11.2 of `static`.
-    """
-    if act_order != "auto":
-        return act_order, groups
-    return ("group", "current") if scheme.grid.bits <= 2 else ("static", "static")
 
 
 def accumulate_hessian(hessian: Tensor, x_TI: Tensor) -> None:
@@ -77,7 +65,7 @@ def quantize_weight(
     scheme: Scheme,
     *,
     observer: Observer,
-    act_order: Order = "auto",
+    act_order: Order = "static",
     groups: Groups = "static",
     damping: float = 0.01,
     block_size: int = 128,
@@ -101,7 +89,7 @@ def quantize_weight(
         asymmetry: How much of the difference of inputs is made up for; 0 for none.
 
     Returns:
-        The quantized weight, and `{"loss": 1/2 tr(dW H dW^T) over the damped H, "damping", "fallback", "act_order"}`;
+        The quantized weight, and `{"loss": 1/2 tr(dW H dW^T) over the damped H, "damping", "fallback"}`;
         with `asymmetry`, dW is the distance from the weight that makes up for it.
     """
     tensor, losses_O, row = quantize_rows(
@@ -125,13 +113,12 @@ def quantize_rows(
     cross_II: Tensor | None,
     asymmetry: float,
 ) -> tuple[QuantizedTensor, Tensor, dict[str, Any]]:
-    """`quantize_weight`, with the loss of each row (fp64 `[O]`) beside `{"damping", "fallback", "act_order"}`.
+    """`quantize_weight`, with the loss of each row (fp64 `[O]`) beside `{"damping", "fallback"}`.
 
     Raises:
         ValueError: See `check`; or the weight is not finite, or what is handed from column to column stops being so.
     """
     check(act_order, groups, damping=damping, block_size=block_size, asymmetry=asymmetry)
-    act_order, groups = settled(act_order, groups, scheme)
     weight = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
     g = divisor((weight,), scheme)  # of all rows: stacked linears share it
     width, size = weight.shape[1], weight.shape[1]
@@ -176,7 +163,7 @@ def quantize_rows(
     scale, zero_point = joined([found[index] for index in sorted(found)])
     g_idx = as_g_idx(order.argsort() // size, width // size) if dynamic else None
     tensor = QuantizedTensor(restored, scale, zero_point, scheme, tuple(weight.shape), g, g_idx)
-    return tensor, losses, {"damping": used, "fallback": failure, "act_order": act_order}
+    return tensor, losses, {"damping": used, "fallback": failure}
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
@@ -201,7 +188,6 @@ def column_order(diagonal_I: Tensor, act_order: Order, size: int) -> Tensor:
     """
     if act_order == "none":
         return torch.arange(len(diagonal_I))
-    assert act_order != "auto", "settled first"
     if act_order in ("static", "dynamic"):
         return diagonal_I.argsort(descending=True, stable=True)
     energy = diagonal_I.reshape(-1, size)

@@ -36,17 +36,16 @@ from qat.surgery.convert import apply
 
 HERE = Path(__file__).parent
 TOOLS = {
-    "qat": ("rtn", "mse_rtn", "gptq_paper", "gptq_paper_group", "gptq", "gptq_group", "awq", "awq_duo", "autoround"),
+    "qat": ("rtn", "mse_rtn", "gptq_paper", "gptq", "awq", "autoround"),
     "llmcompressor": ("rtn", "gptq", "gptq_mse", "awq"),
     "autoround": ("autoround",),
     "gptqmodel": ("gptq",),
 }
-GPTQ = ("gptq_paper", "gptq_paper_group", "gptq", "gptq_group")
 OURS = {
     "rtn": ("rtn",),
-    "gptq": GPTQ,
-    "gptq_mse": ("gptq", "gptq_group"),
-    "awq": ("awq", "awq_duo"),
+    "gptq": ("gptq_paper", "gptq"),
+    "gptq_mse": ("gptq",),
+    "awq": ("awq",),
     "autoround": ("autoround",),
 }
 GROUP = 64

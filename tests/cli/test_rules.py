@@ -82,7 +82,7 @@ def said(config, recipe=None):
             "method.act_order: dynamic needs a g_idx, which format=awq cannot carry; use group or static, or format=",
         ),
         (
-            {"adapter": {"then": {"_target_": "qat.ptq.gptq.gptq", "act_order": "auto", "groups": "current"}}},
+            {"adapter": {"then": {"_target_": "qat.ptq.gptq.gptq", "act_order": "static", "groups": "current"}}},
             "adapter.then.groups: current ranges go with act_order=group, dynamic or none, which take whole groups",
         ),
         (

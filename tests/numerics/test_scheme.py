@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
@@ -22,12 +24,18 @@ def test_schemes_are_values():
         ({"scale_dtype": "int8"}, "scale_dtype='int8': one of float32"),
         ({"convention": "narrow"}, "convention='narrow': one of ct"),
         ({"convention": "signed", "dynamic": True}, "convention='signed' with dynamic=true"),
-        ({"convention": "signed", "symmetric": False}, "about symmetric integer grids"),
+        ({"convention": "vllm", "symmetric": False}, "about symmetric integer grids"),
     ],
 )
 def test_what_means_nothing_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Scheme(**{"grid": IntGrid(4), "granularity": PerChannel()} | change)
+
+
+def test_signed_scales_are_of_symmetric_integers_and_elsewhere_the_word_is_dropped():
+    for other in (Scheme(IntGrid(4), PerGroup(64), symmetric=False), Scheme(FloatGrid("e4m3"), PerGroup(64))):
+        assert replace(other, convention="signed") == other
+    assert Scheme(IntGrid(4), PerGroup(64), convention="signed").convention == "signed"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from qat.nn.observers.minmax import MinMax
 from qat.nn.observers.mse import MSE
 from qat.numerics.affine import qparams, quantize, ranges
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
-from qat.numerics.grid import Codebook, IntGrid
+from qat.numerics.grid import IntGrid
 from qat.numerics.levels import decode
 from qat.numerics.qtensor import consecutive
 from qat.numerics.scheme import Scheme
@@ -105,20 +105,6 @@ def test_equals_optimal_brain_quantization(scheme, act_order):
             result.abs().max()
         )
         assert row["fallback"] is None
-
-
-@pytest.mark.parametrize("own", [*SCHEMES[:2], scheme(2), Scheme(Codebook("ternary"), PerGroup(32)), *FLOATS], ids=str)
-def test_auto_takes_groups_at_hand_where_there_are_four_levels_or_fewer(own):
-    weight, _, hessian = problem()
-    other = {"act_order": "group", "groups": "current"} if own.grid.bits <= 2 else {"act_order": "static"}
-    found, row = quantize_weight(weight, hessian, own, observer=MinMax(), act_order="auto")
-    assert row["act_order"] == other["act_order"], "what was chosen is in the report"
-    expected = quantize_weight(weight, hessian, own, observer=MinMax(), **other)[0]
-    assert torch.equal(found.codes, expected.codes)
-    assert torch.equal(found.scale.float(), expected.scale.float())
-    for groups in ("current", "stale"):
-        with pytest.raises(ValueError, match=f"^groups={groups}: act_order=auto chooses .* act_order=group"):
-            quantize_weight(weight, hessian, own, observer=MinMax(), act_order="auto", groups=groups)
 
 
 @pytest.mark.parametrize("act_order", ["none", "static", "group"])
@@ -274,7 +260,7 @@ def test_dynamic_is_the_plain_algorithm_on_a_permuted_problem(scheme, groups, as
     assert torch.equal(tensor.scale, plain.scale)
     assert scheme.symmetric or torch.equal(tensor.zero_point, plain.zero_point)
     assert torch.equal(tensor.dequantize(torch.float32)[:, order], plain.dequantize(torch.float32))
-    assert row | {"act_order": "none"} == plain_row
+    assert row == plain_row
 
 
 @pytest.mark.parametrize("groups", ["static", "current"])

@@ -1,10 +1,7 @@
 """Ours, with the settings of `configs/method` as they are where a GPU is used, and the recipe `configs/recipe` has.
 
-`gptq_paper` is `gptq` on min-max ranges and without GPTAQ, `static` at 2 bits too: what llm-compressor's defaults are
-nearest to. `gptq_group` takes groups by their energy, each on the weights at hand, as `gptq` does at 2 bits by itself;
-`gptq_paper_group` is both, with GPTQModel's damping: what its defaults are nearest to. `awq_duo` has weights in its
-scales and no clipping, as llm-compressor's AWQ. In groups of 64. On a GPU the model is in bf16 and eight sequences at a
-time are heard, as with `qat run`.
+`gptq_paper` is `gptq` on min-max ranges and without GPTAQ: what other tools' defaults are nearest to. In groups of 64.
+On a GPU the model is in bf16 and eight sequences at a time are heard, as with `qat run`.
 """
 
 from typing import Any
@@ -21,14 +18,7 @@ from qat.cli.workbench import cast
 from qat.models import hf
 from qat.surgery.convert import apply
 
-PAPER = ["method.asymmetry=0", "observer=minmax", "method.observer=${observer}"]
-GROUP = ["method.act_order=group", "method.groups=current"]
-VARIANTS = {
-    "gptq_paper": [*PAPER, "method.act_order=static"],
-    "gptq_group": GROUP,
-    "gptq_paper_group": [*PAPER, *GROUP, "method.damping=0.05"],
-    "awq_duo": ["method.duo_scaling=true", "method.clip=false"],
-}
+VARIANTS = {"gptq_paper": ["method.asymmetry=0", "observer=minmax", "method.observer=${observer}"]}
 METHODS = ("rtn", "mse_rtn", "gptq", "awq", "autoround", *VARIANTS)
 
 
