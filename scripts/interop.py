@@ -61,7 +61,7 @@ class File:
 
 
 def _scheme(bits: int, symmetric: bool) -> Scheme:
-    return Scheme(IntGrid(bits), PerGroup(64), symmetric)
+    return Scheme(IntGrid(bits), PerGroup(64), symmetric, convention="signed")  # with zero points it is ct
 
 
 FILES = (

@@ -15,9 +15,10 @@
     NVFP4: groups under one divisor   tensor_group   local     input_global_scale
 
 No word of the format says how a symmetric integer scale follows from absmax (`Scheme.convention`): the library divides
-by 127.5, vLLM by 127. Where a scheme is not `ct`, a key of our own beside the config groups says so; the library,
-transformers and vLLM pass over keys that they do not know. `actorder` `group` says that modules hold the group of each
-in-feature, which is then not `i // group_size`: releases before 0.19 read it, and vLLM, which pins one. Torch-free.
+by 127.5, vLLM by 127, auto-round by 128 with a sign. Where a scheme is not `ct`, a key of our own beside the config
+groups says so; the library, transformers and vLLM pass over keys that they do not know. `actorder` `group` says that
+modules hold the group of each in-feature, which is then not `i // group_size`: releases before 0.19 read it, and vLLM,
+which pins one. Torch-free.
 """
 
 from collections.abc import Collection, Iterator, Mapping

@@ -14,8 +14,10 @@ Facts, each with its source; none was run here. What is not known is called so, 
     Marlin of SGLang         -1, 32, 64, 128   int4, int8; uint4 zeros    128       64      nothing there pads
     Exllama                  any               int4, int8; fp16 only      any       32 / bits
 
--1 is one scale for each output channel. Both engines multiply q, k, v as one layer, and gate and up. Of groups that are
-not of consecutive in-features (`g_idx`) all say that they take them, on one GPU, and vLLM's Marlin then pads nothing.
+-1 is one scale for each output channel. Scales may be negative, but not where VLLM_MARLIN_INPUT_DTYPE=int8 lets vLLM's
+Marlin round inputs: there they are read as unsigned (vLLM issue 48905). Both engines multiply q, k, v as one layer, and
+gate and up. Of groups that are not of consecutive in-features (`g_idx`) all say that they take them, on one GPU, and
+vLLM's Marlin then pads nothing.
 """
 
 from collections.abc import Iterator, Mapping

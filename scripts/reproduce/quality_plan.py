@@ -91,16 +91,14 @@ def settings(cell: Cell, given: Namespace) -> list[str]:
 
 def written(cell: Cell, given: Namespace) -> str:
     """Settings as the file has them: where the model lies is no part of them, what the recipe says is."""
-    told = settings(cell, given)
-    model = [text for text in told if text.startswith("model.path=")]
-    said = [] if cell.recipe == "-" else [rules(cell.recipe, *model)]
-    return " ".join([*(text for text in told if text not in model), *said])
+    said = [] if cell.recipe == "-" else [rules(cell.recipe)]
+    return " ".join([*(text for text in settings(cell, given) if not text.startswith("model.path=")), *said])
 
 
 @cache
-def rules(recipe: str, *model: str) -> str:
+def rules(recipe: str) -> str:
     """What a recipe of this name says, as JSON: it may change, and its name stay."""
-    config, problems = validate(VERBS["run"], [f"recipe={recipe}", *model], Tree.of([]))
+    config, problems = validate(VERBS["run"], [f"recipe={recipe}"], Tree.of([]), files=False)
     assert not problems, f"recipe={recipe}: {problems[0]}"
     return json.dumps(config["recipe"], separators=(",", ":"))
 
