@@ -1,7 +1,8 @@
 """The quality table as Markdown, from its JSON; means and spreads over seeds are written into it, under `summary`.
 
-    python scripts/reproduce/quality_table.py scripts/results/quality.json
+    python scripts/reproduce/quality_table.py scripts/results/quality.json [scripts/results/quality_ct.json]
 
+With a second file its KL, of the same cells made otherwise, is set before that of the first.
 What is judged is the better of `qat` and `blockap_qat`, chosen by their KL on validation; all else is on test. Spreads
 are standard deviations over seeds; `s.e.` is the standard error over windows of the test split (jackknife).
 """
@@ -156,7 +157,21 @@ def verdict(judged: list[Row]) -> str:
     return markdown([*header, "`qat_ce`: recovered nll", "against"], lines)
 
 
-def main(file: str) -> None:
+def beside(means: list[Row], others: list[Row]) -> str:
+    """KL of the same cells made otherwise, and KL as it is: means over seeds, of arms that quantize."""
+    by, first = {(row["recipe"], row["arm"]): row["kl"] for row in means}, dict[tuple[str, str], list[float]]()
+    for row in others:
+        first.setdefault((row["recipe"], row["arm"]), []).append(row["kl"])
+    arms = [arm for arm in ARMS if any(arm == other for _, other in first)]
+    lines = []
+    for recipe in RECIPES:
+        if any(recipe == named for named, _ in first):
+            cells = [(mean(first[recipe, arm]), by[recipe, arm]) for arm in arms]
+            lines.append([f"`{recipe}`", *(f"{old:.4f} → {new:.4f}" for old, new in cells)])
+    return markdown(["recipe", *(f"`{arm}`" for arm in arms)], lines)
+
+
+def main(file: str, other: str | None = None) -> None:
     """Writes the summary and prints the tables."""
     content = read(Path(file))
     rows = {(row["recipe"], row["arm"], row["seed"]): row for row in content["rows"]}
@@ -171,6 +186,8 @@ def main(file: str) -> None:
         ("kl_wives", "KL, wives", 4), ("kl_validation", "KL, validation", 4), ("minutes", "minutes", 1),
     ):  # fmt: skip
         print(f"{title}:\n\n{mark}\n{matrix(means, key, digits)}\n")
+    if other is not None:
+        print(f"KL, test:\n\n<!-- from: {other} -->\n{beside(means, read(Path(other))['rows'])}\n")
 
 
 if __name__ == "__main__":
