@@ -104,11 +104,14 @@ def test_the_readme_says_what_the_file_says_and_the_file_what_its_rows_say(table
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for shown in (table.verdict(content["aims"]), table.matrix(means, "kl", 4), table.matrix(means, "ppl", 3)):
         assert f"<!-- from: scripts/results/quality.json -->\n{shown}\n\n" in readme
-    others = json.loads((ROOT / "scripts/results/quality_ct.json").read_text(encoding="utf-8"))["rows"]
-    assert f"<!-- from: scripts/results/quality_ct.json -->\n{table.beside(means, others)}\n\n" in readme
+    other = json.loads((ROOT / "scripts/results/quality_ct.json").read_text(encoding="utf-8"))
+    assert other["beside"] == table.beside(means, other["rows"])
+    assert f"<!-- from: scripts/results/quality_ct.json -->\n{table.beside_table(other['beside'])}\n\n" in readme
 
 
 def test_cells_made_otherwise_stand_before_those_as_they_are(table):
     means = [{"recipe": "w3a16_g64", "arm": arm, "kl": kl} for arm, kl in (("gptq", 0.25), ("qat", 0.125))]
     others = [{"recipe": "w3a16_g64", "arm": "gptq", "kl": kl} for kl in (0.5, 1.5)]
-    assert table.beside(means, others).splitlines()[-1] == "| `w3a16_g64` | 1.0000 → 0.2500 |"
+    found = table.beside(means, others)
+    assert found == [{"recipe": "w3a16_g64", "arm": "gptq", "first": 1.0, "kl": 0.25}]
+    assert table.beside_table(found).splitlines()[-1] == "| `w3a16_g64` | 1.0000 → 0.2500 |"

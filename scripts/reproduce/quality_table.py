@@ -2,7 +2,7 @@
 
     python scripts/reproduce/quality_table.py scripts/results/quality.json [scripts/results/quality_ct.json]
 
-With a second file its KL, of the same cells made otherwise, is set before that of the first.
+With a second file its KL, of the same cells made otherwise, is set before that of the first, as its `beside`.
 What is judged is the better of `qat` and `blockap_qat`, chosen by their KL on validation; all else is on test. Spreads
 are standard deviations over seeds; `s.e.` is the standard error over windows of the test split (jackknife).
 """
@@ -157,17 +157,22 @@ def verdict(judged: list[Row]) -> str:
     return markdown([*header, "`qat_ce`: recovered nll", "against"], lines)
 
 
-def beside(means: list[Row], others: list[Row]) -> str:
-    """KL of the same cells made otherwise, and KL as it is: means over seeds, of arms that quantize."""
-    by, first = {(row["recipe"], row["arm"]): row["kl"] for row in means}, dict[tuple[str, str], list[float]]()
-    for row in others:
-        first.setdefault((row["recipe"], row["arm"]), []).append(row["kl"])
-    arms = [arm for arm in ARMS if any(arm == other for _, other in first)]
-    lines = []
-    for recipe in RECIPES:
-        if any(recipe == named for named, _ in first):
-            cells = [(mean(first[recipe, arm]), by[recipe, arm]) for arm in arms]
-            lines.append([f"`{recipe}`", *(f"{old:.4f} → {new:.4f}" for old, new in cells)])
+def beside(means: list[Row], others: list[Row]) -> list[Row]:
+    """KL of the same cells made otherwise, as `first`, and KL as it is: means over seeds, of arms that quantize."""
+    found = []
+    for row in means:
+        first = [other["kl"] for other in others if (other["recipe"], other["arm"]) == (row["recipe"], row["arm"])]
+        if first:
+            found.append({"recipe": row["recipe"], "arm": row["arm"], "first": mean(first), "kl": row["kl"]})
+    return found
+
+
+def beside_table(pairs: list[Row]) -> str:
+    """Recipes x arms, as Markdown."""
+    by = {(row["recipe"], row["arm"]): f"{row['first']:.4f} → {row['kl']:.4f}" for row in pairs}
+    arms = [arm for arm in ARMS if any(arm == other for _, other in by)]
+    recipes = [recipe for recipe in RECIPES if any(recipe == other for other, _ in by)]
+    lines = [[f"`{recipe}`", *(by.get((recipe, arm), "—") for arm in arms)] for recipe in recipes]
     return markdown(["recipe", *(f"`{arm}`" for arm in arms)], lines)
 
 
@@ -187,7 +192,10 @@ def main(file: str, other: str | None = None) -> None:
     ):  # fmt: skip
         print(f"{title}:\n\n{mark}\n{matrix(means, key, digits)}\n")
     if other is not None:
-        print(f"KL, test:\n\n<!-- from: {other} -->\n{beside(means, read(Path(other))['rows'])}\n")
+        content = read(Path(other))
+        content["beside"] = beside(means, content["rows"])
+        write(Path(other), content)
+        print(f"KL, test:\n\n<!-- from: {other} -->\n{beside_table(content['beside'])}\n")
 
 
 if __name__ == "__main__":
