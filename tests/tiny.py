@@ -46,7 +46,7 @@ def tiny(layers: int = 2, tied: bool = True, **overrides: object) -> LlamaForCau
 
 
 def scheme(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Scheme:
-    return Scheme(IntGrid(bits), PerGroup(group_size), symmetric)
+    return Scheme(IntGrid(bits), PerGroup(group_size), symmetric, convention="signed")  # as recipes in groups have it
 
 
 def recipe(bits: int = 4, group_size: int = 32, symmetric: bool = True, kv: str | None = None) -> Recipe:

@@ -173,7 +173,7 @@ def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme, dtype:
     rows, columns = scales.shape[1], qweight.shape[0]
     try:
         groups = scheme.granularity.scale_shape((rows, columns))[1]
-        scale = from_half(scales.T.contiguous(), dtype, True)
+        scale = from_half(scales.T.contiguous(), dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     wanted = {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}

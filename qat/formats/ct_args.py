@@ -150,6 +150,8 @@ def schemes_of(where: str, key: str, quantization: Mapping[str, Any]) -> tuple[s
     said, input = group.get("input_activations"), None
     if said:
         input = _scheme(f"{where}: input_activations", said, conventions.get("input_activations", "ct"))
+        if input.convention == "signed":
+            raise ValueError(f"{where}: {CONVENTIONS} says signed of input_activations; an input's scale is positive")
     name = group.get("format") or quantization.get("format") or PACKED
     held = {
         PACKED: isinstance(weights.grid, IntGrid),

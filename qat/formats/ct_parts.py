@@ -92,7 +92,7 @@ def unpack_tensor(name: str, parts: Mapping[str, Tensor], scheme: Scheme, packed
 
     Raises:
         ValueError: A part has the wrong shape or dtype, a code is none of the grid's, or a scale is zero, not
-            finite, or negative where it has no sign; the message names it.
+            finite or, unless codes are integers, negative; the message names it.
     """
     if isinstance(scheme.grid, IntGrid) and packed:
         codes = _bitstream(name, parts, scheme.grid.bits)
@@ -186,7 +186,7 @@ def _scale(name: str, scale: Tensor, scheme: Scheme, shape: tuple[int, ...]) -> 
         _check(where, scale, torch.float8_e4m3fn, expected)
     elif tuple(scale.shape) != expected or not scale.is_floating_point():
         raise ValueError(f"{where}: {scale.dtype} {tuple(scale.shape)}, expected {expected}")
-    _positive(where, scale, isinstance(scheme.grid, IntGrid) and scheme.symmetric)
+    _positive(where, scale, isinstance(scheme.grid, IntGrid))
     return scale
 
 

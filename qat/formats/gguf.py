@@ -44,8 +44,10 @@ from qat.formats.weight_only import (
     check_consecutive,
     check_static_weight,
     check_weights,
+    convention_of,
     from_half,
     in_half,
+    meta,
     scale_dtype_of,
 )
 from qat.models.gguf import Reader
@@ -107,7 +109,7 @@ def save(
     config = _described(model)
     fields = metadata(config)
     types = {their_name(f"{name}.weight"): type_of(tensor.scheme) for name, tensor in tensors.items()}
-    said = {"quant_method": METHOD, "file": FILE, "meta": {"scale_dtype": str(dtype).removeprefix("torch.")}}
+    said = {"quant_method": METHOD, "file": FILE, "meta": meta(dtype, tensors)}
 
     def write(part: Path, found: Mapping[str, Tensor]) -> None:
         writer = gguf.GGUFWriter(part / FILE, ARCHITECTURES[architecture(config)])
@@ -214,7 +216,7 @@ def unpack_tensor(name: str, blocks: Tensor, kind: Type, dtype: torch.dtype, sch
     half = split[..., :head].contiguous().view(torch.float16)
     rows, columns = len(blocks), split.shape[1] * BLOCK
     try:
-        scale = from_half(half[..., 0].contiguous(), dtype, scheme.symmetric)
+        scale = from_half(half[..., 0].contiguous(), dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     payload = split[..., head:].contiguous()
@@ -257,8 +259,9 @@ def load(path: Path | str) -> Checkpoint:
     if not kinds:
         raise ValueError(f"{weights}: no tensor is {', '.join(kind.name for kind in HEADS)}")
     back = {kind: key for key, kind in TYPES.items()}
+    named = {"scale_dtype": None if dtype == storage else dtype, "convention": convention_of(file, said)}
     schemes = {
-        name: Scheme(IntGrid(bits), PerGroup(BLOCK), symmetric, scale_dtype=None if dtype == storage else dtype)
+        name: Scheme(IntGrid(bits), PerGroup(BLOCK), symmetric, **named)
         for name, kind in kinds.items()
         for bits, symmetric in (back[kind],)
     }

@@ -46,7 +46,15 @@ from qat.formats.base import (
     write_safetensors,
 )
 from qat.formats.base import expressed as expressed
-from qat.formats.weight_only import check_static_weight, check_weights, from_half, in_half, scale_dtype_of
+from qat.formats.weight_only import (
+    check_static_weight,
+    check_weights,
+    convention_of,
+    from_half,
+    in_half,
+    meta,
+    scale_dtype_of,
+)
 from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.grid import IntGrid
 from qat.numerics.packing import num_words, offset, pack, unpack
@@ -156,7 +164,7 @@ def unpack_tensor(
     bits, rows, columns = scheme.grid.bits, scales.shape[1], len(g_idx)
     try:
         groups = scheme.granularity.scale_shape((rows, columns))[1]
-        scale = from_half(scales.T.contiguous(), dtype, scheme.symmetric)
+        scale = from_half(scales.T.contiguous(), dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     wanted = {
@@ -216,7 +224,7 @@ def quantization_config(
         "checkpoint_format": version_of(tensors),
         "pack_dtype": "int32",
         **({"dynamic": dynamic} if dynamic else {}),
-        "meta": {"quantizer": ["qat"], "scale_dtype": str(dtype).removeprefix("torch.")},
+        "meta": {"quantizer": ["qat"], **meta(dtype, tensors)},
     }
 
 
@@ -265,8 +273,9 @@ def load(path: Path | str) -> Checkpoint:
     modules = packed_modules(reader, PARTS)
     storage = config.get("dtype") or config.get("torch_dtype")
     dtypes = {name: scale_dtype_of(file, said, reader.dtype(f"{name}.scales")) for name in modules}
+    named = {"convention": convention_of(file, said)}
     schemes = {
-        name: replace(scheme, scale_dtype=None if dtypes[name] == storage else dtypes[name])
+        name: replace(scheme, scale_dtype=None if dtypes[name] == storage else dtypes[name], **named)
         for name, scheme in module_schemes(file, said, modules).items()
     }
 

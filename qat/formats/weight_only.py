@@ -68,19 +68,38 @@ def in_half(name: str, scale: Tensor) -> Tensor:
     )
 
 
-def from_half(scale: Tensor, dtype: torch.dtype, signed: bool) -> Tensor:
-    """The inverse of `in_half`; `signed`: whether scales may be negative, as without zero points they may.
+def from_half(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `in_half`.
 
     Raises:
-        ValueError: A scale is zero, not finite or, unless `signed`, negative; or `dtype` does not hold it.
+        ValueError: A scale is zero or not finite, or `dtype` does not hold it.
     """
-    size = scale.abs() if signed else scale
-    if not scale.is_floating_point() or not bool((torch.isfinite(size) & (size > 0)).all()):
-        raise ValueError(f"a scale is zero{'' if signed else ', negative'} or not finite")
+    if not scale.is_floating_point() or not bool((torch.isfinite(scale) & (scale != 0)).all()):
+        raise ValueError("a scale is zero or not finite")
     found = scale.to(dtype)
     if not torch.equal(found.to(scale.dtype), scale):
         raise ValueError(f"a scale in {scale.dtype} is none that {dtype} holds, in which the file says it was made")
     return found
+
+
+def meta(dtype: torch.dtype, tensors: Mapping[str, QuantizedTensor]) -> dict[str, str]:
+    """What these formats have no word for: the dtype that scales were made in; their convention, where all have one."""
+    conventions = {tensor.scheme.convention for tensor in tensors.values() if tensor.scheme.symmetric}
+    said = {"scale_convention": "signed"} if conventions == {"signed"} else {}
+    return {"scale_dtype": str(dtype).removeprefix("torch."), **said}
+
+
+def convention_of(file: Path, said: Mapping[str, Any]) -> str:
+    """The convention of symmetric scales: what `meta.scale_convention` says, else `ct`.
+
+    Raises:
+        ValueError: It is none that they can have.
+    """
+    found = said.get("meta") or {}
+    convention = found.get("scale_convention", "ct") if isinstance(found, dict) else "ct"
+    if convention not in ("ct", "signed"):
+        raise ValueError(f"{file}: scale_convention {convention!r}; expected ct or signed")
+    return str(convention)
 
 
 def scale_dtype_of(file: Path, said: Mapping[str, Any], stored: str) -> str:

@@ -37,7 +37,7 @@ class Rounded:
         outer: Half the distance between the outermost level and its neighbour.
         integer: Whether levels are the integers between `low` and `high`.
         top: The grid's highest level without a zero point (LSQ's Q_P).
-        reach: What the largest magnitude of a symmetric group is mapped to.
+        reach: What the largest magnitude of a symmetric group is mapped to, by the convention `ct`.
         elements: Elements that share the scale; of an activation, its features.
     """
 

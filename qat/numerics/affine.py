@@ -38,7 +38,10 @@ def ranges(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def shrunken(lo: Tensor, hi: Tensor, factors: Iterable[float], scheme: Scheme) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ranges to choose from: `lo` to `hi` times each factor and, where scales have signs, the same ones mirrored."""
+    """Ranges to choose from: `lo` to `hi` times each factor and, where scales have signs, the same ones mirrored.
+
+    A range with ends of one length is its own mirror, and its scale positive.
+    """
     for factor in factors:
         low, high = lo * factor, hi * factor
         yield low, high
@@ -89,9 +92,9 @@ def qparams(
     """Scale and zero point for groups that range from `lo` to `hi` (fp32).
 
     Symmetric: `s = max(|lo|, |hi|) / reach` and no zero point; by the signed convention over `2**(b-1)`, and negative
-    where `hi` is the longer end, so that a mirrored range has the other sign. Asymmetric: the range is widened to hold
-    0, `s = (hi - lo) / (2**b - 1)`, `z = clamp(rint(qmin - lo / s))` with the rounded s. Two-level:
-    `s_b = g absmax / high`. Powers of two: `2**(floor(log2(absmax')) - exponent)` where magnitudes
+    where `hi` is the longer end, so that a mirrored range has the other sign, if one end is longer. Asymmetric: the
+    range is widened to hold 0, `s = (hi - lo) / (2**b - 1)`, `z = clamp(rint(qmin - lo / s))` with the rounded s.
+    Two-level: `s_b = g absmax / high`. Powers of two: `2**(floor(log2(absmax')) - exponent)` where magnitudes
     from 1.75 * 2**k on count as 2**(k+1), as in compressed-tensors. All-zero groups: s = 1, z = 0.
 
     Args:

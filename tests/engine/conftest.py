@@ -52,8 +52,8 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
 }
 SCHEMES = {
-    "w4_g32": Scheme(IntGrid(4), PerGroup(32)),
-    "w3_g32": Scheme(IntGrid(3), PerGroup(32)),
+    "w4_g32": Scheme(IntGrid(4), PerGroup(32), convention="signed"),
+    "w3_g32": Scheme(IntGrid(3), PerGroup(32), convention="signed"),
     "w8_channel_asym": Scheme(IntGrid(8), PerChannel(), symmetric=False),
 }
 EMBEDDED = {  # of linears, of the embedding

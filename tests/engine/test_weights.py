@@ -27,7 +27,7 @@ from qat.surgery.convert import apply
 
 NAME = "model.layers.0.self_attn"
 QKV = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
-W4 = Scheme(IntGrid(4), PerGroup(32))
+W4 = Scheme(IntGrid(4), PerGroup(32), convention="signed")
 W4_ASYM = Scheme(IntGrid(4), PerGroup(32), symmetric=False)
 W8 = Scheme(IntGrid(8), PerChannel())
 W8_TENSOR = Scheme(IntGrid(8), PerTensor())

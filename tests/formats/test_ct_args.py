@@ -126,6 +126,11 @@ def changed(weight, input=None, **changes):
         (group(W8, A8) | {"scale_conventions": ["vllm"]}, "here: expected objects"),
         (group(W8, A8) | {"config_groups": {"group_0": "W8A8"}}, "here: expected objects, found 'W8A8'"),
         (group(W8, A8) | {"scale_conventions": {"group_0": {"weights": "other"}}}, "convention='other'"),
+        (
+            group(W8, Scheme(IntGrid(8), PerTensor()))
+            | {"scale_conventions": {"group_0": {"input_activations": "signed"}}},
+            "here: scale_conventions says signed of input_activations",
+        ),
     ],
 )
 def test_words_that_are_not_served_are_named(written, words):

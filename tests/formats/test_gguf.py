@@ -253,7 +253,7 @@ DAMAGE = [
     (poke("blk.0.attn_v.weight", 0, b"\0\0"), r"layers\.0\.self_attn\.v_proj: a scale is zero"),
     (
         poke("blk.0.attn_v.weight", 0, b"\0\x7e"),
-        r"v_proj: a scale is zero, negative or not finite",
+        r"v_proj: a scale is zero or not finite",
     ),
     (
         poke("blk.0.attn_v.weight", 0, b"\1\x3c"),

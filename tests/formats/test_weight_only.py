@@ -13,16 +13,14 @@ from qat.ptq.rtn import rtn
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_in_half_come_back_or_are_refused(dtype):
     scale = torch.tensor([[1.0, 2.0**-14], [0.125, 3.0]], dtype=dtype)
-    assert torch.equal(from_half(in_half("m", scale), dtype, False), scale)
-    assert from_half(in_half("m", scale), dtype, False).dtype == dtype
-    assert torch.equal(from_half(in_half("m", -scale), dtype, True), -scale)
+    assert torch.equal(from_half(in_half("m", scale), dtype), scale)
+    assert from_half(in_half("m", scale), dtype).dtype == dtype
+    assert torch.equal(from_half(in_half("m", -scale), dtype), -scale)
     for bad in (0.0, -0.0, torch.inf, torch.nan):
         with pytest.raises(ValueError, match="a scale is zero or not finite"):
-            from_half(torch.tensor([1.0, bad], dtype=torch.float16), dtype, True)
-    with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
-        from_half(torch.tensor([1.0, -1.0], dtype=torch.float16), dtype, False)
+            from_half(torch.tensor([1.0, bad], dtype=torch.float16), dtype)
     with pytest.raises(ValueError, match="a scale is zero or not finite"):
-        from_half(torch.ones(2, dtype=torch.int16), dtype, True)
+        from_half(torch.ones(2, dtype=torch.int16), dtype)
 
 
 @pytest.mark.parametrize("name", ["awq", "gguf"])

@@ -21,7 +21,7 @@ def quantized(
     rows: int, columns: int, bits: int, granularity: Granularity, symmetric: bool, scale: torch.dtype = torch.bfloat16
 ) -> QuantizedTensor:
     generator = torch.Generator().manual_seed(rows + columns + bits)
-    scheme = Scheme(IntGrid(bits), granularity, symmetric)
+    scheme = Scheme(IntGrid(bits), granularity, symmetric, convention="signed")
     weight = torch.randn(rows, columns, generator=generator) + 0.1
     return QuantizedTensor(*rtn(weight, scheme, scale), scheme, (rows, columns))
 

@@ -68,6 +68,7 @@ def test_gradients_are_autograds_in_float64_with_a_learned_zero_point_and_in_eve
         return value + (torch.round(value) - value).detach()
 
     grad, x, s0 = torch.randn(16, 2, 32), torch.randn(16, 2, 32).to(dtype), torch.rand(16, 2) / 4 + 0.1
+    s0[::3] *= -1  # as the signed convention has some
     zero, step = torch.randint(-4, 4, (16, 2), dtype=torch.int8), torch.randn(16, 2) * 3
     w, log = x.double().requires_grad_(), torch.zeros(16, 2, 1, dtype=torch.float64, requires_grad=True)
     shift = step.double().unsqueeze(-1).requires_grad_()

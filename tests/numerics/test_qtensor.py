@@ -57,11 +57,11 @@ def test_parts_that_do_not_fit_are_refused(change, message):
 @pytest.mark.parametrize("granularity", [PerGroup(64), PerGroup(32), PerChannel(), PerTensor()], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_smaller_groups_have_the_same_values(granularity, symmetric):
-    s = Scheme(IntGrid(4), granularity, symmetric)
+    s = Scheme(IntGrid(4), granularity, symmetric, convention="signed")
     codes, scale, zero = rtn(torch.randn(6, 128), s, torch.bfloat16)
     tensor = QuantizedTensor(codes, scale, zero, s, (6, 128))
     found = regrouped(tensor, PerGroup(32))
-    assert found.scheme == Scheme(IntGrid(4), PerGroup(32), symmetric)
+    assert found.scheme == Scheme(IntGrid(4), PerGroup(32), symmetric, convention="signed")
     assert found.scale.shape == (6, 4)
     assert torch.equal(found.dequantize(torch.float32), tensor.dequantize(torch.float32))
     with pytest.raises(ValueError, match="groups of 128 do not divide those of"):
@@ -74,7 +74,7 @@ def test_smaller_groups_have_the_same_values(granularity, symmetric):
 )
 def test_a_g_idx_says_whose_scale_each_in_feature_has(bits, size, shape, symmetric):
     """Element by element: W[o, i] = (q[o, i] - z[o, g_idx[i]]) * s[o, g_idx[i]], rounded once."""
-    s = Scheme(IntGrid(bits), PerGroup(size), symmetric)
+    s = Scheme(IntGrid(bits), PerGroup(size), symmetric, convention="signed")
     tensor = scattered(QuantizedTensor(*rtn(torch.randn(shape), s, torch.bfloat16), s, shape), seed=bits)
     zero = torch.zeros_like(tensor.scale) if symmetric else tensor.zero_point
     places = tensor.g_idx.long()

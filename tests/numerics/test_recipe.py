@@ -1,7 +1,7 @@
 import pytest
 from tiny import scheme
 
-from qat.numerics.granularity import PerToken
+from qat.numerics.granularity import PerTensor, PerToken
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe, Rule
 from qat.numerics.scheme import Scheme
@@ -25,5 +25,7 @@ def test_a_rule_matches_whole_names_only():
 def test_bad_rules_are_refused():
     with pytest.raises(ValueError, match=r"match='\(' is not a regular expression"):
         Rule("(", scheme(4))
+    with pytest.raises(ValueError, match="convention='signed' is for weights"):
+        Rule("x", scheme(8), Scheme(IntGrid(8), PerTensor(), convention="signed"))
     with pytest.raises(ValueError, match="needs a weight scheme"):
         Rule("x", None, Scheme(IntGrid(8), PerToken(), dynamic=True))

@@ -1,5 +1,7 @@
 """Clipping never loses to the range that would be served without it, in the error that it weighs, group by group."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import scheme
@@ -11,7 +13,7 @@ from qat.numerics.affine import dequantize, qparams, quantize, ranges
 from qat.numerics.granularity import PerChannel, PerTensor
 from qat.numerics.grid import IntGrid
 from qat.numerics.scheme import Scheme
-from qat.ptq.awq_clip import clipped_range, clips
+from qat.ptq.awq_clip import FACTORS, clipped_range, clips
 
 SCHEMES = [scheme(2), scheme(3), scheme(3, symmetric=False), Scheme(IntGrid(3), PerChannel()),
            Scheme(IntGrid(3), PerTensor())]  # fmt: skip
@@ -44,6 +46,25 @@ class Tenth(Observer):
     def observe(self, x, scheme, dtype, g=None):
         low, high = ranges(x, scheme)
         return low / 10, high / 10
+
+
+def test_a_signed_range_is_tried_with_either_sign():
+    """Against every candidate, one after the other."""
+    how, weight, x = replace(scheme(2), convention="signed"), torch.randn(16, 64), torch.randn(100, 64)
+    parts = x.view(100, 2, 32)
+
+    def error(low, high):
+        scale, _ = qparams(low, high, how, torch.bfloat16)
+        rounded = dequantize(quantize(weight, scale, None, how.grid), scale, None, torch.float32)
+        return torch.einsum("tgi,ogi->tog", parts, (rounded - weight).view(16, 2, 32)).square().mean(0)
+
+    low, high = ranges(weight, how)
+    ends = [(low * f, high * f) for f in FACTORS] + [(-high * f, -low * f) for f in FACTORS]
+    best = torch.stack([error(*one) for one in ends]).amin(0)
+    found = clipped_range(weight, x.T @ x / 100, how, MinMax(), torch.bfloat16)
+    assert torch.allclose(error(*found), best, rtol=1e-3)
+    longer = qparams(low, high, how, torch.bfloat16)[0].sign()
+    assert bool((qparams(*found, how, torch.bfloat16)[0].sign() != longer).any())
 
 
 @pytest.mark.parametrize("how", SCHEMES, ids=str)

@@ -30,6 +30,7 @@ SCHEMES = [
     Scheme(IntGrid(3), PerGroup(16), symmetric=False),
     Scheme(IntGrid(2), PerChannel()),
     Scheme(IntGrid(8), PerTensor()),
+    Scheme(IntGrid(3), PerGroup(32), convention="signed"),
 ]
 
 FLOATS = [PAIRS[name][0] for name in ("nvfp4", "mxfp4", "fp8")]

@@ -20,7 +20,7 @@ TOKENS = [1, 2, 5, 33]
 def quantized(
     rows: int, columns: int, bits: int, granularity: Granularity, symmetric: bool, scale: torch.dtype = torch.bfloat16
 ) -> QuantizedTensor:
-    scheme = Scheme(IntGrid(bits), granularity, symmetric)
+    scheme = Scheme(IntGrid(bits), granularity, symmetric, convention="signed")
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)) + 0.2
     return QuantizedTensor(*rtn(weight, scheme, scale), scheme, (rows, columns))
 
