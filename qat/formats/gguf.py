@@ -259,9 +259,9 @@ def load(path: Path | str) -> Checkpoint:
     if not kinds:
         raise ValueError(f"{weights}: no tensor is {', '.join(kind.name for kind in HEADS)}")
     back = {kind: key for key, kind in TYPES.items()}
-    named = {"scale_dtype": None if dtype == storage else dtype, "convention": convention_of(file, said)}
+    stored_as, convention = None if dtype == storage else dtype, convention_of(file, said)
     schemes = {
-        name: Scheme(IntGrid(bits), PerGroup(BLOCK), symmetric, **named)
+        name: Scheme(IntGrid(bits), PerGroup(BLOCK), symmetric, scale_dtype=stored_as, convention=convention)
         for name, kind in kinds.items()
         for bits, symmetric in (back[kind],)
     }

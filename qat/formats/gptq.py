@@ -273,9 +273,9 @@ def load(path: Path | str) -> Checkpoint:
     modules = packed_modules(reader, PARTS)
     storage = config.get("dtype") or config.get("torch_dtype")
     dtypes = {name: scale_dtype_of(file, said, reader.dtype(f"{name}.scales")) for name in modules}
-    named = {"convention": convention_of(file, said)}
+    convention = convention_of(file, said)
     schemes = {
-        name: replace(scheme, scale_dtype=None if dtypes[name] == storage else dtypes[name], **named)
+        name: replace(scheme, scale_dtype=None if dtypes[name] == storage else dtypes[name], convention=convention)
         for name, scheme in module_schemes(file, said, modules).items()
     }
 

@@ -101,7 +101,8 @@ def test_law_f_round_trip_and_the_package_decodes_the_same(tmp_path, s, kind, dt
     changes, tensors = save(tmp_path / "m", rules, dtype, change=dict if s.symmetric else powers)
     checkpoint = gguf.load(tmp_path / "m")
     assert checkpoint.tensors.keys() == changes.tensors.keys()
-    assert checkpoint.recipe.rule_for(Q)[1].weight == Scheme(IntGrid(s.grid.bits), PerGroup(32), s.symmetric)
+    own = Scheme(IntGrid(s.grid.bits), PerGroup(32), s.symmetric, convention=s.convention)
+    assert checkpoint.recipe.rule_for(Q)[1].weight == own
     stored = {t.name: t for t in GGUFReader(tmp_path / "m" / "model.gguf").tensors}
     for name, tensor in changes.tensors.items():
         found = checkpoint.tensors[name]

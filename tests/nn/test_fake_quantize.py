@@ -101,7 +101,8 @@ def test_the_gradient_is_the_estimators_summed_over_each_group(symmetric):
 
 
 def test_the_learned_scale_lowers_the_rounding_error():
-    quant, w = make(bits=2), torch.randn(16, 64)
+    plain = Scheme(IntGrid(2), PerGroup(32))  # by whose convention a min-max step is far too long
+    quant, w = FakeQuantize(plain, (16, 64), MinMax(), LSQ(), torch.bfloat16, "w"), torch.randn(16, 64)
     quant.observe(w)
     quant.phase = Phase.LEARN
     optimizer = torch.optim.Adam([quant.log_step], lr=0.05)

@@ -12,7 +12,7 @@ from qat.models.llama import LLAMA
 from qat.nn.observers.ema import EMA
 from qat.nn.observers.minmax import MinMax
 from qat.nn.observers.mse import MSE
-from qat.numerics.granularity import PerChannel, PerTensor, PerToken
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import IntGrid
 from qat.numerics.kv import KINDS as CACHES
 from qat.numerics.recipe import Recipe, Rule
@@ -153,7 +153,8 @@ def test_static_ranges_are_calibrated_on_all_batches():
 
 def test_a_strength_that_only_hurts_is_not_taken():
     """Inputs are not quantized at all, and 2-bit weights get their range on top."""
-    row = smoothquant(outliers(), recipe(2), batches(), observer=MinMax(), alphas=[1.0]).layers[0]
+    rules = Recipe({"linears": Rule(".*_proj", Scheme(IntGrid(2), PerGroup(32)))})
+    row = smoothquant(outliers(), rules, batches(), observer=MinMax(), alphas=[1.0]).layers[0]
     assert (row["alpha"], row["loss"]) == (None, row["identity"])
 
 

@@ -26,7 +26,7 @@ def test_no_group_is_worse_than_minmax_and_most_low_bit_groups_are_better(bits, 
 
 @pytest.mark.parametrize("norm", [2.0, 2.4])
 def test_it_finds_the_best_candidate_by_brute_force(norm):
-    x, s = torch.randn(8, 64), scheme(3)
+    x, s = torch.randn(8, 64), replace(scheme(3), convention="ct")
     lo, hi = ranges(x, s)
     candidates = [qparams(lo * f, hi * f, s, torch.bfloat16) for f in torch.linspace(1, 0.2, 17).tolist()]
     best = torch.stack([error(x, s, qp, norm) for qp in candidates]).amin(0)
@@ -46,7 +46,7 @@ def test_signed_scales_are_tried_with_either_sign():
 
 
 def test_one_point_is_minmax():
-    x, s = torch.randn(8, 64), scheme(3)
+    x, s = torch.randn(8, 64), replace(scheme(3), convention="ct")
     assert torch.equal(MSE(1).qparams(x, s, torch.bfloat16)[0], MinMax().qparams(x, s, torch.bfloat16)[0])
 
 
