@@ -50,7 +50,7 @@ def write_beside(path: Path, recipe: Recipe, name: str, layers: list[Layer], sta
         layers: The linears as the file has them.
         start: What engines are told.
     """
-    text = "What this checkpoint's codes were found under: qat run recipe=recipe.yaml"
+    text = "What this checkpoint says of its codes: qat run recipe=recipe.yaml"
     (path / RECIPE).write_text(dump(as_config(recipe), text), encoding="utf-8")
     refused = served(name, layers, start.dtype, recipe.kv)
     for file, content in files(start, [engine for engine, reason in refused.items() if reason is None]).items():

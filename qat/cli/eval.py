@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from qat.cli.devices import by_device
 from qat.cli.rundir import export_of, find
 from qat.cli.workbench import cast, pick_device, quiet
-from qat.data.text import prepare
+from qat.data.text import Tokens, prepare
 from qat.engine.loader import open_checkpoint
 from qat.evaluation.divergence import evaluate, mean, standard_error
 from qat.formats.base import unquantized_state
@@ -46,7 +46,8 @@ def main(config: dict[str, Any]) -> int:
         raise ValueError(f"{path}: not a checkpoint of the run's model; one of them lacks {strays[0]}")
     data = settings["data"]  # only train has extra tokens
     tokens = prepare(instantiate(data["source"], _convert_="all"), tokenizer, hf.cache_dir() / "tokens", data["path"])
-    windows = tokens.windows(config["split"], sizes["seq_len"], sizes["windows"])
+    count = count_of(tokens, config["split"], sizes, config["evaluation"]["windows"] is None)
+    windows = tokens.windows(config["split"], sizes["seq_len"], count)
     if device.type == "cuda":
         model = cast(model, torch.bfloat16).to(device)
     graph = apply(model, dict(checkpoint.tensors), dict(checkpoint.plain), recipe=checkpoint.recipe)
@@ -71,3 +72,9 @@ def main(config: dict[str, Any]) -> int:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row, indent=1))
     return 0
+
+
+def count_of(tokens: Tokens, split: str, sizes: dict[str, Any], inherited: bool) -> int:
+    """How many windows are judged: as many as asked for; of the run's own number, as many as a shorter split has."""
+    count: int = sizes["windows"]
+    return min(count, len(tokens.streams[split]) // sizes["seq_len"]) if inherited else count

@@ -115,11 +115,12 @@ def outcome(path: str, certificate: dict[str, Any]) -> dict[str, Any]:
     """A certificate in the words of `summary.json`."""
     checks = certificate["checks"]
     weights = [check["passed"] for name, check in checks.items() if name in foreign.DECODERS]
-    engine = checks.get("engine", {})
+    engine, files = checks.get("engine", {}), checks.get("files", {})
     return {
         "path": path,
         "verified": certificate["verified"],
         "codes_equal": checks.get("tensors", {}).get("passed"),
+        "files_changed": [*files.get("changed", []), *files.get("added", [])],
         "weights_equal": all(weights) if weights else None,
         "max_abs_logit_diff": engine.get("max_abs_logit_diff"),
         "greedy_equal": engine.get("greedy_equal") == engine.get("prompts") if engine else None,

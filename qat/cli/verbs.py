@@ -64,7 +64,7 @@ VERBS = {
             "eval",
             "perplexity, KL and top-1 agreement of a checkpoint",
             "Evaluates a checkpoint directory, or a run's export, on held-out windows.",
-            ("qat eval", "qat eval runs/latest/export/compressed_tensors evaluation.windows=50"),
+            ("qat eval", "qat eval runs/latest/export/compressed_tensors evaluation.windows=20"),
             "eval",
             "[DIR] [key=value ...]",
             directory=True,

@@ -74,6 +74,8 @@ def export_lines(export: Mapping[str, Any]) -> list[str]:
         f"  engine, reference path: largest logit difference {_number(export['max_abs_logit_diff'])}, "
         f"greedy tokens equal: {mark(export['greedy_equal'])}",
     ]
+    if changed := export["files_changed"]:
+        lines.insert(2, f"  config, tokenizer and other files are those that were written: NO ({', '.join(changed)})")
     if fast := export["fast_path"]:
         lines.append(
             f"  engine, fast path: KL {fast['kl']:.2e}, top-1 agreement {fast['top1_agree']:.4f}, "

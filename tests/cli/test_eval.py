@@ -1,8 +1,10 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from qat.cli.eval import count_of
 from qat.cli.main import main
 
 
@@ -36,6 +38,13 @@ def test_other_windows_of_another_split(finished, capsys):
     assert row["seq_len"] == 16
     assert row["split"] == "validation"
     assert lines(finished.path)[-1] == row
+
+
+def test_of_a_shorter_split_the_runs_number_of_windows_is_what_there_is():
+    tokens, sizes = SimpleNamespace(streams={"validation": range(39)}), {"windows": 12, "seq_len": 4}
+    assert count_of(tokens, "validation", sizes, True) == 9
+    assert count_of(tokens, "validation", sizes | {"windows": 3}, True) == 3
+    assert count_of(tokens, "validation", sizes, False) == 12  # asked for, and so refused
 
 
 def test_more_windows_than_there_are(finished, capsys):

@@ -27,11 +27,18 @@ def test_a_certificate_in_the_words_of_the_summary():
         "path": "somewhere",
         "verified": True,
         "codes_equal": True,
+        "files_changed": [],
         "weights_equal": True,
         "max_abs_logit_diff": 1e-6,
         "greedy_equal": True,
         "fast_path": {"kl": 1e-5},
     }
+
+
+def test_a_file_that_was_changed_or_added_is_named():
+    files = {"equal": 3, "changed": ["config.json"], "added": ["extra.safetensors"], "passed": False}
+    found = outcome("x", {"verified": False, "checks": CHECKS | {"files": files}})
+    assert found["files_changed"] == ["config.json", "extra.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["compressed_tensors", "transformers_default"])

@@ -20,6 +20,7 @@ EXPORT = {
     "path": "export",
     "verified": True,
     "codes_equal": True,
+    "files_changed": [],
     "weights_equal": True,
     "max_abs_logit_diff": 1.25e-5,
     "greedy_equal": True,
@@ -75,6 +76,8 @@ def test_a_failed_check_and_one_that_was_not_made_look_different():
     assert lines[1].endswith(": NO")
     assert "logit difference not measured, greedy tokens equal: not checked" in lines[3]
     assert len(lines) == 4
+    lines = export_lines(EXPORT | {"verified": False, "files_changed": ["config.json", "tokenizer.json"]})
+    assert lines[2].endswith("are those that were written: NO (config.json, tokenizer.json)")
 
 
 def test_without_a_file_it_says_what_is_known_of_the_weights():
