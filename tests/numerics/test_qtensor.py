@@ -4,7 +4,7 @@ from tiny import scattered, scheme
 
 from qat.numerics.affine import rtn
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor
-from qat.numerics.grid import IntGrid
+from qat.numerics.grid import FloatGrid, IntGrid
 from qat.numerics.qtensor import QuantizedTensor, as_g_idx, consecutive, regrouped
 from qat.numerics.scheme import Scheme
 
@@ -93,3 +93,13 @@ def test_consecutive_groups_have_no_g_idx():
     assert as_g_idx((torch.arange(64) // 32).flip(0), 2).dtype == torch.int32
     assert make().order is None
     assert make().in_order().g_idx is None
+
+
+def test_what_multiplies_levels_has_the_sign_of_the_scale_and_is_over_the_divisor():
+    tensor = make()
+    assert bool((tensor.served < 0).any())
+    assert torch.equal(tensor.served, tensor.scale.float())
+    s = Scheme(FloatGrid("e2m1"), PerGroup(16), scale_dtype="float8_e4m3fn")
+    x, g = torch.randn(8, 64), torch.tensor([300.0])
+    two = QuantizedTensor(*rtn(x, s, torch.bfloat16, g), s, (8, 64), g)
+    assert torch.equal(two.served, two.scale.float() / g)
