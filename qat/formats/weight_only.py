@@ -83,7 +83,7 @@ def from_half(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def meta(dtype: torch.dtype, tensors: Mapping[str, QuantizedTensor]) -> dict[str, str]:
-    """What these formats have no word for: the dtype that scales were made in; their convention, where all have one."""
+    """What these formats have no word for: the dtype that scales were made in; and that all have signs, if they do."""
     conventions = {tensor.scheme.convention for tensor in tensors.values() if tensor.scheme.symmetric}
     said = {"scale_convention": "signed"} if conventions == {"signed"} else {}
     return {"scale_dtype": str(dtype).removeprefix("torch."), **said}

@@ -21,4 +21,4 @@ fi
   || $python -m qat generate out="$work/domain" tokens=6000000 sequences=4096 seed=78 prompt.path="$work/tokens"
 $python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens "$work/tokens" \
   --generated "$work/generated" --more "$work/domain" --prose "$work/prose" --work "$work/cells" "$@"
-$python scripts/reproduce/quality_table.py scripts/results/quality.json
+$python scripts/reproduce/quality_table.py scripts/results/quality.json scripts/results/quality_ct.json

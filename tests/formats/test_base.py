@@ -214,9 +214,7 @@ DAMAGES = [
     lambda part: part.flatten(),
     lambda part: torch.cat([part, part]),
     lambda part: part.double() if part.is_floating_point() else part.long(),
-    *(
-        spoiled(value) for value in (float("nan"), float("inf"), 0.0)
-    ),  # a sign is no damage: another tool may have set it
+    *(spoiled(value) for value in (float("nan"), float("inf"), 0.0)),  # a sign may be meant
 ]
 
 

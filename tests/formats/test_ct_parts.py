@@ -149,6 +149,7 @@ def test_small_integers_in_bytes_are_read_if_they_fit():
         (NVFP4, "weight_packed", lambda t: t.int(), r"w: weights in torch\.int32"),
         (MXFP4, "weight_scale", lambda t: t.fill_(255), r"w\.weight_scale: .* not finite"),
         (MXFP4, "weight_scale", lambda t: t[:-1], r"w\.weight_scale: torch\.uint8 \(23, 2\), expected .* \(24, 2\)"),
+        (OTHERS["fp8_channel"], "weight_scale", lambda t: -t, r"w\.weight_scale: a scale is zero, negative or not"),
         (OTHERS["mxfp8"], "weight", lambda t: t.view(torch.uint8), r"w: weights in torch\.uint8"),
     ],
 )
