@@ -124,6 +124,24 @@ def test_a_cell_of_other_settings_is_made_again_and_takes_the_old_ones_place(pla
     assert plan.read(tmp_path / "r.json")["meta"]["settings"] == {"new": "y"}
 
 
+def test_what_was_tried_stays_beside_what_is_tried_now(plan, tmp_path):
+    (cell,) = plan.plan([W4], ["qat"], [1])
+    boards = [plan.Board(tmp_path / "r.json", tmp_path, [cell], {cell: sha}, beside=True) for sha in ("a", "b")]
+    claims = [board.claim("trained") for board in boards]
+    assert None not in claims, "settings are under way beside each other"
+    assert boards[0].claim("trained") is None
+    for board, claim, sha in zip(boards, claims, "ab", strict=True):
+        for _ in range(2):  # made again, in its own place
+            board.add({**cell._asdict(), "settings": sha}, {"settings": {sha: "x"}})
+        claim.release()
+    assert [board.done() for board in boards] == [{cell}, {cell}]
+    content = plan.read(tmp_path / "r.json")
+    assert [row["settings"] for row in content["rows"]] == ["a", "b"]
+    assert content["meta"]["settings"] == {"a": "x", "b": "x"}
+    boards[0].fail(cell, "ValueError: as it is")
+    assert [board.failures() for board in boards] == [{cell: "ValueError: as it is"}, {}]
+
+
 def test_settings_are_known_by_what_the_file_says_and_not_by_where_the_model_lies(plan):
     import hashlib
 

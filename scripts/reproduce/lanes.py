@@ -29,7 +29,7 @@ def share(
         lanes: A process for each: what it takes, and its GPU, "" for none.
         minutes: After which no cell is begun.
         begin: Called in each process, before which torch must not be imported there; what it returns makes cells.
-        shown: Keys of a row to print.
+        shown: Keys of a row to print, where it has them.
 
     Returns:
         The exit code: 1 if anything failed.
@@ -84,7 +84,7 @@ def _work(
             sys.exit(FAILED)
         board.add(row, meta)
         claim.release()
-        values = "  ".join(f"{key} {row[key]:.4f}" for key in shown)
+        values = "  ".join(f"{key} {row[key]:.4f}" for key in shown if key in row)
         print(f"{time.strftime('%H:%M:%S')} {claim.cell!s:28} {values}", flush=True)
 
 

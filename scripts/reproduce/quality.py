@@ -3,7 +3,7 @@ settings, are not run again; every row says of which commit it is.
 
     python scripts/reproduce/quality.py --json scripts/results/quality.json --tokens DIR --generated DIR --prose DIR \
         [--more DIR ...] [--recipes w4a16_g64 ...] [--arms rtn qat ...] [--seeds 1 2 3] [--minutes 25] [--gpus 0 1] \
-        [-- override ...]
+        [--tune] [-- override ...]
 
 `--tokens` is a token directory of python_docs, `--generated` one of `qat generate`, `--prose` what `texts.py` wrote.
 PTQ arms calibrate on the train split of python_docs; trained arms train on it, on the generated one and on `--more`.
@@ -21,7 +21,7 @@ from quality_plan import ARMS, RECIPES, TRAINED, Board, Lane, composed, digest, 
 
 from qat.cli.rundir import git
 
-SHOWN = ("ppl", "kl", "top1_agree", "kl_validation", "kl_generated", "kl_web", "kl_wives", "minutes")
+SHOWN = ("ppl", "kl", "top1_agree", "nll_validation", "kl_validation", "kl_generated", "kl_web", "kl_wives", "minutes")
 
 
 def arguments() -> argparse.Namespace:
@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", nargs="+", default=None, help="as CUDA_VISIBLE_DEVICES names them; default: all")
     parser.add_argument("--ptq", type=int, default=3, help="processes on each GPU beside the one that trains")
     parser.add_argument("--work", default="runs/quality/cells", help="what is needed until the table is done")
+    parser.add_argument("--tune", action="store_true", help="judge on validation alone; rows of other settings stay")
     parser.add_argument("--commit", default=None, help="of the source; default: what git says")
     parser.add_argument("overrides", nargs="*")
     found = parser.parse_args()
@@ -56,7 +57,8 @@ def main() -> None:
     given = arguments()
     given.commit = given.commit or (git() or {}).get("sha")
     cells = plan(given.recipes, given.arms, given.seeds)
-    board = Board(Path(given.json), Path(given.work), cells, {cell: digest(cell, given) for cell in cells})
+    digests = {cell: digest(cell, given) for cell in cells}
+    board = Board(Path(given.json), Path(given.work), cells, digests, given.tune)
     for cell in {cell.arm in TRAINED: cell for cell in board.cells}.values():
         try:
             composed(cell, given)

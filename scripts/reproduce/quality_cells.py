@@ -192,11 +192,13 @@ class Cells:
 
     def _windows(self, bench: Workbench) -> dict[str, Tensor]:
         size, limit = (bench.config["evaluation"][key] for key in ("seq_len", "windows"))
-        windows = {name: tokens.windows("test", size, limit) for name, tokens in self._texts.items()}
-        return windows | {"validation": self._texts["test"].windows("validation", size)[:limit]}
+        validation = {"validation": self._texts["test"].windows("validation", size)[:limit]}
+        if self.arguments.tune:
+            return validation
+        return {name: tokens.windows("test", size, limit) for name, tokens in self._texts.items()} | validation
 
     def _judged(self, graph: PreTrainedModel, bench: Workbench) -> Row:
-        """Perplexity, nll and KL on every text; on the first also agreement and what paired errors need."""
+        """Perplexity, nll and KL on every text; on the test split also agreement and what paired errors need."""
         row: Row = {}
         for name, windows in self._windows(bench).items():
             scores = evaluate(graph, windows, bench.judged, bench.config["evaluation"]["batch_size"])

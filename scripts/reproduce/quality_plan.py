@@ -146,12 +146,14 @@ class Board:
         work: Where claims are: files, locked by the processes whose they are.
         cells: The plan.
         digests: What the settings of a cell are now; a row of others does not count as done.
+        beside: Whether a row of other settings stays when the cell is done; otherwise it is replaced.
     """
 
     file: Path
     work: Path
     cells: list[Cell]
     digests: dict[Cell, str] = field(default_factory=dict)
+    beside: bool = False
 
     def claim(self, lane: Lane) -> Claim | None:
         """The next cell for a lane, or None: none may be begun now. A lane that trains takes the others at last."""
@@ -177,28 +179,28 @@ class Board:
 
     def done(self) -> set[Cell]:
         """What the file has."""
-        rows = {_cell(row): row.get("settings") for row in read(self.file)["rows"]}
-        return {cell for cell, sha in rows.items() if self.digests.get(cell, sha) == sha}
+        rows = [(_cell(row), row.get("settings")) for row in read(self.file)["rows"]]
+        return {cell for cell, sha in rows if self.digests.get(cell, sha) == sha}
 
     def failures(self) -> dict[Cell, str]:
         """What went wrong, by cell."""
-        files = {cell: self.work / f"{cell}.failed" for cell in self.cells}
+        files = {cell: self._file(cell, "failed") for cell in self.cells}
         return {cell: file.read_text(encoding="utf-8") for cell, file in files.items() if file.exists()}
 
     def fail(self, cell: Cell, reason: str) -> None:
         """Gives a cell up, and with it those that need it."""
-        (self.work / f"{cell}.failed").write_text(reason, encoding="utf-8")
+        self._file(cell, "failed").write_text(reason, encoding="utf-8")
 
     def forgive(self) -> None:
         """Forgets what failed before: it is tried again."""
-        for file in self.work.glob("*.failed"):
-            file.unlink()
+        for cell in self.cells:
+            self._file(cell, "failed").unlink(missing_ok=True)
 
     def add(self, row: Row, meta: dict[str, Any]) -> None:
         """A cell is done; `meta` is added to what the file says of all of them, mapping by mapping."""
         with locked(self.work / "board.lock"):
             content = read(self.file)
-            content["rows"] = [old for old in content["rows"] if _cell(old) != _cell(row)] + [row]
+            content["rows"] = [old for old in content["rows"] if not self._replaced(old, row)] + [row]
             for key, value in meta.items():
                 old = content["meta"].get(key)
                 content["meta"][key] = old | value if isinstance(old, dict) and isinstance(value, dict) else value
@@ -211,8 +213,15 @@ class Board:
         arm = NEEDS.get(cell.arm)
         return [Cell("-" if arm in EVERYWHERE else cell.recipe, arm, cell.seed)] if arm else []
 
+    def _replaced(self, old: Row, row: Row) -> bool:
+        return _cell(old) == _cell(row) and not (self.beside and old.get("settings") != row.get("settings"))
+
+    def _file(self, cell: Cell, kind: str) -> Path:
+        """Of a cell as it is made now: other settings have another, since both may be under way."""
+        return self.work / f"{cell}.{self.digests.get(cell, '-')}.{kind}"
+
     def _lock(self, cell: Cell) -> int | None:
-        handle = os.open(self.work / f"{cell}.lock", os.O_RDWR | os.O_CREAT)
+        handle = os.open(self._file(cell, "lock"), os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
