@@ -167,3 +167,15 @@ def test_every_row_of_the_file_is_known_by_its_settings(plan):
     for row in content["rows"]:
         cell = plan.Cell(row["recipe"], row["arm"], row["seed"])
         assert plan.digest(cell, given) == row["settings"], f"{cell} is not what the plan has now"
+
+
+def test_what_was_tried_is_known_by_its_settings_and_validation_alone_judged_it(plan):
+    import hashlib
+
+    from results import read
+
+    content = read(ROOT / "scripts/results/tuning.json")
+    known = content["meta"]["settings"]
+    assert all(hashlib.sha256(text.encode()).hexdigest()[:12] == sha for sha, text in known.items())
+    assert {row["settings"] for row in content["rows"]} == set(known)
+    assert not [key for row in content["rows"] for key in row if key in ("kl", "nll", "ppl", "top1_agree", "windows")]
