@@ -81,8 +81,8 @@ class Scheme:
         size = f"_g{self.granularity.group_size}" if isinstance(self.granularity, PerGroup) else ""
         name = "" if size else "_" + type(self.granularity).__name__.removeprefix("Per").lower()
         scale = {E4M3: "_e4m3", E8M0: "_e8m0"}.get(self.scale_dtype or "", "")
-        asymmetric, dynamic = "" if self.symmetric else "_asym", "_dynamic" if self.dynamic else ""
-        return f"{self.grid}{size}{name}{scale}{asymmetric}{dynamic}"
+        zero = {(True, "signed"): "_signed", (False, "ct"): "_asym"}.get((self.symmetric, self.convention), "")
+        return f"{self.grid}{size}{name}{scale}{zero}{'_dynamic' if self.dynamic else ''}"
 
 
 def integers(scheme: Scheme) -> Scheme:

@@ -118,7 +118,9 @@ def test_what_the_target_cannot_load_is_refused_and_nothing_is_written(tmp_path)
     export(tmp_path / "ct", 4)
     with pytest.raises(ValueError, match=r"^format\.name: export\.target=vllm does not read format=gguf"):
         convert(tmp_path / "ct", "gguf", tmp_path / "out", "cpu", "vllm")
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.\S+ \[64, 64\] as int4_g32: export\.target=sglang"):
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.0\.\S+ \[64, 64\] as int4_g32_signed: export\.target=sglang"
+    ):
         convert(tmp_path / "ct", "gptq", tmp_path / "out", "cpu", "sglang")
     assert not (tmp_path / "out").exists()
 

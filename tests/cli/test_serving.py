@@ -39,12 +39,14 @@ def model(monkeypatch):
 
 def test_each_rule_is_refused_once_and_by_its_first_layer(model):
     (text,) = said(*model, "recipe=w3a16_g64", "export.target=vllm")
-    where = "recipe.rules.linears.weight.grid: model.layers.0.self_attn.q_proj [576, 576] as int3_g64: "
+    where = "recipe.rules.linears.weight.grid: model.layers.0.self_attn.q_proj [576, 576] as int3_g64_signed: "
     assert text.startswith(f"{where}export.target=vllm takes packed weights of 4 and 8 bits, not of 3")
     assert said(*model, "recipe=w3a16_g64") == []
     assert said(*model, "export.target=vllm") == []
     (text,) = said(*model, "export.target=sglang")
-    assert text.startswith("recipe.rules.linears.match: model.layers.0.self_attn.q_proj [576, 576] as int4_g64: ")
+    assert text.startswith(
+        "recipe.rules.linears.match: model.layers.0.self_attn.q_proj [576, 576] as int4_g64_signed: "
+    )
     assert "not 576 x 960 (with what is fused)" in text
 
 
@@ -94,7 +96,9 @@ def test_formats_and_caches(model):
 def test_without_the_models_files_rules_are_asked():
     texts = ("model=hf", "model.name=x", "recipe=w3a16_g64", "export.target=vllm")
     (text,) = said(*texts)
-    assert text.startswith("recipe.rules.linears.weight.grid: .*_proj (rule linears) as int3_g64: export.target=vllm ")
+    assert text.startswith(
+        "recipe.rules.linears.weight.grid: .*_proj (rule linears) as int3_g64_signed: export.target=vllm "
+    )
     assert said(*texts[:2], "export.target=sglang") == []  # nothing is known of sizes
 
 

@@ -84,7 +84,7 @@ def test_the_recipe_must_fit_the_model(config, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("awq", r"^model\.layers\.0\.\S+: awq carries integers of 4 bits; int3_g32 cannot be exported"),
+        ("awq", r"^model\.layers\.0\.\S+: awq carries integers of 4 bits; int3_g32_signed cannot be exported"),
         ("gguf", r"^model\.layers\.0\.\S+: gguf carries integers of 4 bits"),
         ("gptq", None),
         ("none", None),

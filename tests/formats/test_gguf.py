@@ -158,7 +158,7 @@ def test_bytes_are_what_arithmetic_says(tmp_path):
     [
         (scheme(), Scheme(IntGrid(8), PerToken(), dynamic=True), "Linear", "its input scheme int8_token_dynamic"),
         (Scheme(IntGrid(4), PerChannel(), dynamic=True), None, "Linear", "a dynamic scale is never stored"),
-        (scheme(4, 16), None, "Linear", "a scale for every 32 in-features; int4_g16 has smaller groups"),
+        (scheme(4, 16), None, "Linear", "a scale for every 32 in-features; int4_g16_signed has smaller groups"),
         (scheme(3), None, "Linear", "integers of 4 bits, and symmetric ones of 8; int3_g32"),
         (scheme(8, symmetric=False), None, "Linear", "symmetric ones of 8; int8_g32_asym"),
         (scheme(), None, "Embedding", "packs linears only"),

@@ -11,6 +11,7 @@ def test_schemes_are_values():
     assert Scheme(IntGrid(4), PerGroup(64)) == Scheme(IntGrid(4), PerGroup(64))
     assert len({Scheme(IntGrid(4), PerGroup(64)), Scheme(IntGrid(4), PerGroup(32))}) == 2
     assert str(Scheme(IntGrid(4), PerGroup(64), symmetric=False)) == "int4_g64_asym"
+    assert str(Scheme(IntGrid(4), PerGroup(64), convention="signed")) == "int4_g64_signed"
     assert str(Scheme(IntGrid(8), PerToken(), dynamic=True)) == "int8_token_dynamic"
 
 

@@ -45,7 +45,8 @@ def test_bits_per_weight_count_everything():
         ),
         (
             rules(e=(".*embed_tokens", scheme(8)), h=("lm_head", scheme(4))),
-            "lm_head: .* rule e quantizes as int8_g32, but rule h says int4_g32; they share their codes. Give both one",
+            "lm_head: .* rule e quantizes as int8_g32_signed, but rule h says int4_g32_signed; they share their codes. "
+            "Give both one",
         ),
         (rules(e=(".*embed_tokens", Scheme(IntGrid(8), PerGroup(48)))), "model.embed_tokens: group_size=48 does not"),
         (
