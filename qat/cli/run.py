@@ -31,6 +31,10 @@ def main(config: dict[str, Any]) -> int:
     trains = bench.config["verb"] != "ptq"
     _introduce(bench)
     if bench.config["dry_run"]:
+        for name, method in methods.items():
+            say(f"{name}: {_shown(method)}")
+        if trains:
+            say(_training(bench.config))
         bench.run.finish()  # a directory of its own: a dry run takes up no other
         return 0
     summary = bench.run.read("summary.json") or {"arms": {}}
@@ -62,9 +66,7 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
             sequences = references(bench, graph)
             summary["export"] = export(bench, name, changes.tensors, changes.folded, sequences, captured)
     if trains and (TRAINED not in arms or "export" not in summary):
-        choices, steps = bench.config["choices"], bench.config["trainer"]["max_steps"]
-        adapter = "" if choices["adapter"] == "none" else f", adapter {choices['adapter']}"
-        say(f"{TRAINED}: {steps} steps on {choices['loss']}, from {choices['init']}{adapter}")
+        say(_training(bench.config))
         loggers = [] if wandb_run is None else [wandb_logger(wandb_run)]
         arms[TRAINED], summary["export"], summary["cost"] = qat_arm(bench, arms["fp"], loggers)
     if TRAINED in arms:
@@ -74,6 +76,16 @@ def _arms(bench: Workbench, summary: dict[str, Any], methods: dict[str, Any], tr
         elif methods:
             say("nothing is said of recovered losses: with cross-entropy they are judged against a fine-tuned model")
     bench.run.write("summary.json", summary)
+
+
+def _training(config: dict[str, Any]) -> str:
+    """The trained arm, in a line."""
+    choices, trainer = config["choices"], config["trainer"]
+    size = f"{trainer['batch_size'] * trainer['accumulate']} x {config['data']['seq_len']} tokens"
+    words = [f"{trainer['max_steps']} steps of {size} on {choices['loss']}", f"from {choices['init']}"]
+    words += [f"estimator {choices['estimator']}", f"schedule {choices['schedule']}"]
+    words += [] if choices["adapter"] == "none" else [f"adapter {choices['adapter']}"]
+    return f"{TRAINED}: {', '.join(words)}"
 
 
 def _ptq(methods: dict[str, Any]) -> list[str]:
@@ -148,5 +160,5 @@ def say(text: str) -> None:
 
 
 def _shown(method: dict[str, Any]) -> str:
-    plain = {k: v for k, v in method.items() if not k.startswith("_") and not isinstance(v, dict)}
+    plain = {k: v for k, v in method.items() if not (k.startswith("_") or v is None or isinstance(v, dict))}
     return ", ".join(f"{k}={v}" for k, v in plain.items()) or "round to nearest"
