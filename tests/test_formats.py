@@ -35,7 +35,7 @@ CHECKS = {
     "tensors": {"passed": True},
     "library": {"passed": True, "max_abs_diff": 0.0},
     "transformers": {"passed": True, "max_abs_diff": 0.0, "max_abs_logit_diff": 2e-6, "max_abs_logit": 30.0},
-    "engine": {"passed": True, "max_abs_logit_diff": 1e-5, "max_abs_logit": 30.0, "greedy_equal": 3},
+    "engine": {"passed": True, "max_abs_logit_diff": 1e-5, "max_abs_logit": 30.0, "max_kl": 1e-9, "greedy_equal": 3},
     "fast_path": {"passed": False, "kl": 0.5},
 }
 
@@ -47,6 +47,7 @@ def test_a_verdict_is_what_the_certificate_says():
     row = formats.judged(good, "")
     assert row["verdict"] == "VERIFIED", "the fast path proves nothing"
     assert (row["engine_logit_diff"], row["reader_logit_diff"], row["reader_weight_diff"]) == (1e-5, 2e-6, 0.0)
+    assert row["engine_max_kl"] == 1e-9
     assert row["readers"] == ["library", "transformers"]
     bad = {"verified": False, "checks": CHECKS | {"tensors": {"passed": False}}, "unchecked": []}
     assert formats.judged(bad, "")["verdict"] == "FAILED: tensors"

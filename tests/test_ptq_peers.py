@@ -115,7 +115,11 @@ def test_differences_are_paired_window_by_window():
     assert one["nll_difference"] == pytest.approx(-0.2)  # -1, -2, -3 over ten tokens each
     assert one["nll_errors"] == pytest.approx(-0.2 / (0.1 / 3**0.5))
     assert (one["kl_difference"], one["kl_errors"]) == (0.0, None)
-    assert "| -0.2000 | -3.5 | +0.0000 | — |" in ptq_peers.pairs_table(found)
+    (text,) = ptq_peers.pairs_tables(found)
+    assert "| -0.2000 | -3.5 | +0.0000 | — |" in text
+    alike = ptq_peers.pairs([ours, theirs, a_row("qat", "gptq_ct", [12.0, 22.0, 64.0], [2.0] * 3)])
+    texts = ptq_peers.pairs_tables(alike)
+    assert [("-0.2000" in text, "`gptq_ct`" in text) for text in texts] == [(True, False), (False, True)]
 
 
 def test_methods_pair_with_methods_of_ours():
@@ -139,6 +143,11 @@ def test_ours_is_what_the_configs_say(monkeypatch):
     assert (node["gptq"]["asymmetry"], node["gptq_paper"]["asymmetry"]) == (0.25, 0)
     assert node["gptq_paper"]["observer"]["_target_"].endswith("MinMax")
     assert {node[name]["act_order"] for name in ("gptq", "gptq_paper")} == {"static"}
+    for method in ("rtn", "gptq_paper", "gptq", "awq"):
+        pair = [run_qat.composed(run_qat.overrides(m, 3, 16, 8, 16)) for m in (method, f"{method}_ct")]
+        assert pair[0]["method"] == pair[1]["method"]
+        weights = [config["recipe"]["rules"]["linears"]["weight"] for config in pair]
+        assert [weight["convention"] for weight in weights] == ["signed", "ct"]
     assert node["autoround"]["epochs"] * 16 == 16 * 8
     with pytest.raises(ValueError, match="no whole passes over 16 samples"):
         run_qat.overrides("autoround", 4, 3, 8, 16)
@@ -236,5 +245,6 @@ def test_the_readme_says_what_the_file_says_and_the_file_what_its_rows_say(name)
 
     content = json.loads((ROOT / "scripts/results" / name).read_text(encoding="utf-8"))
     assert content["pairs"] == ptq_peers.pairs(content["rows"])
-    marked = f"<!-- from: scripts/results/{name} -->\n{ptq_peers.pairs_table(content['pairs'])}\n\n"
-    assert marked in (ROOT / "README.md").read_text(encoding="utf-8")
+    for text in ptq_peers.pairs_tables(content["pairs"]):
+        marked = f"<!-- from: scripts/results/{name} -->\n{text}\n\n"
+        assert marked in (ROOT / "README.md").read_text(encoding="utf-8")

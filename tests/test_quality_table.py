@@ -125,13 +125,13 @@ def test_what_was_tried_is_told_apart_by_the_settings_that_differ(monkeypatch):
         "a": "x=1 lr=1 steps=2 trainer.val_every=2 lr=2 {...}",
         "b": "x=1 lr=3 steps=2 trainer.val_every=3 {...}",
     }
-    settings["c"] = settings["a"].replace("lr=2", "lr=2 betas=[0.9,0.99]")
-    row = {"recipe": "w4a16_g64", "arm": "qat", "seed": 1, "nll_validation": 2.0, "train_minutes": 1.0}
+    settings["c"] = settings["a"].replace("lr=2", "lr=2 betas=[0.9, 0.99]")
+    row = {"recipe": "w4a16_g64", "arm": "qat", "seed": 1, "nll_validation": 2.0, "minutes": 1.0}
     rows = [row | {"settings": sha, "kl_validation": kl} for sha, kl in (("a", 0.3), ("b", 0.1), ("c", 0.2))]
-    rows.append(rows[0] | {"recipe": "w2a16_g64", "settings": "b"})
+    rows += [rows[0] | {"recipe": "w2a16_g64", "settings": "b"}, rows[0] | {"arm": "gptq", "settings": "b"}]
     found = tuning_table.tried(rows, settings)
-    assert [one["kl_validation"] for one, _ in found] == [0.1, 0.2, 0.3, 0.3]
-    assert [said for _, said in found] == [{"lr": "3"}, {"lr": "2", "betas": "[0.9,0.99]"}, {"lr": "2"}, {}]
-    assert "| `lr=2` `betas=[0.9,0.99]` | 0.2000 |" in tuning_table.table(
+    assert [one["kl_validation"] for one, _ in found] == [0.1, 0.2, 0.3, 0.3, 0.3]
+    assert [said for _, said in found] == [{"lr": "3"}, {"lr": "2", "betas": "[0.9, 0.99]"}, {"lr": "2"}, {}, {}]
+    assert "| `lr=2` `betas=[0.9, 0.99]` | 0.2000 |" in tuning_table.table(
         {"rows": rows, "meta": {"settings": settings}}
     )

@@ -179,3 +179,52 @@ def test_what_was_tried_is_known_by_its_settings_and_validation_alone_judged_it(
     assert all(hashlib.sha256(text.encode()).hexdigest()[:12] == sha for sha, text in known.items())
     assert {row["settings"] for row in content["rows"]} == set(known)
     assert not [key for row in content["rows"] for key in row if key in ("kl", "nll", "ppl", "top1_agree", "windows")]
+
+
+def test_tuning_is_judged_on_validation_alone(plan):
+    from quality_cells import PROSE, Cells
+
+    class Text:
+        def windows(self, split, size, limit=None):
+            return [(split, size, limit)] * 3
+
+    bench = Namespace(config={"evaluation": {"seq_len": 8, "windows": 2}})
+    said = {}
+    for tune in (False, True):
+        cells = Cells(Namespace(work="w", commit="c", tune=tune))
+        cells.__dict__["_texts"] = {name: Text() for name in ("test", "generated", *PROSE)}
+        said[tune] = cells._windows(bench)
+    assert said[True] == {"validation": [("validation", 8, None)] * 2}
+    assert set(said[False]) == {"test", "generated", *PROSE, "validation"}
+    assert said[False]["web"][0] == ("test", 8, 2)
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_what_was_tried_and_the_table_do_not_share_a_file(plan, monkeypatch, tmp_path, tune):
+    import quality
+    import results
+
+    monkeypatch.setattr(quality, "composed", lambda *_: {})
+    monkeypatch.setattr(quality, "share", lambda board, *_: boards.append(board) or 0)
+    boards, file = [], tmp_path / "r.json"
+    argv = ["quality.py", "--json", str(file), "--recipes", W4, "--arms", "rtn", "--work", str(tmp_path), "--gpus", "0"]
+    argv += [word for name in ("tokens", "generated", "prose") for word in (f"--{name}", str(tmp_path))]
+    monkeypatch.setattr("sys.argv", [*argv, *(["--tune"] if tune else [])])
+    for row in ({}, {"kl_validation": 1.0} | ({} if tune else {"kl": 1.0})):
+        results.write(file, {"meta": {}, "rows": [row] if row else []})
+        with pytest.raises(SystemExit, match="0"):
+            quality.main()
+    assert [board.beside for board in boards] == [tune, tune]
+    results.write(file, {"meta": {}, "rows": [{"kl_validation": 1.0} | ({"kl": 1.0} if tune else {})]})
+    with pytest.raises(SystemExit, match=r"r\.json: its rows are judged on "):
+        quality.main()
+    assert len(boards) == 2
+
+
+def test_a_row_shows_what_it_has(plan, monkeypatch, tmp_path, capsys):
+    import lanes
+
+    board = plan.Board(tmp_path / "r.json", tmp_path, plan.plan([W4], ["rtn"], [1]))
+    monkeypatch.setattr("os.environ", {})
+    lanes._work("ptq", "", 1, float("inf"), board, lambda: lambda cell: (cell._asdict() | {"b": 2.0}, {}), ("a", "b"))
+    assert capsys.readouterr().out.split()[1:] == [f"{W4}.rtn.0", "b", "2.0000"]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qat.evaluation.precision import compared_in, computing
-from qat.evaluation.reference import Sequence, difference
+from qat.evaluation.reference import Sequence, compared
 from qat.formats import awq, gguf, gptq
 from qat.formats.base import Checkpoint
 from qat.formats.ct_args import PACKED, REORDERED, REORDERED_TOO, sub_format
@@ -219,14 +219,10 @@ def transformers(checkpoint: Checkpoint, dtype: torch.dtype | None, sequences: l
 
 
 def logits(model: Any, sequences: list[Sequence], dtype: torch.dtype = torch.float32) -> Row:
-    """Largest difference of a model's logits in `dtype` from the reference's, and the largest reference logit."""
-    worst = largest = 0.0
+    """A model's logits in `dtype`, as `compared` with the reference's."""
     with computing(dtype):
-        for sequence in sequences:
-            out = model(input_ids=sequence.ids[None, :-1], use_cache=False).logits[0].float()
-            worst = max(worst, difference(out, sequence.logits))
-            largest = max(largest, float(sequence.logits.abs().max()))
-    return {"max_abs_logit_diff": worst, "max_abs_logit": largest}
+        found = (model(input_ids=s.ids[None, :-1], use_cache=False).logits[0].float() for s in sequences)
+        return compared(found, sequences)
 
 
 def _replace_inputs(model: Any, checkpoint: Checkpoint) -> None:

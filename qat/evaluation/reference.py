@@ -1,7 +1,10 @@
 """Reference logits: what the trained or calibrated graph says, on fixed prompts and their greedy ends."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,6 +14,8 @@ from transformers import PreTrainedModel
 
 from qat.evaluation.precision import computing
 
+LOGIT_BOUND = 1e-4  # of the largest reference logit
+KL_BOUND = 1e-5  # nats, at each token: one logit may be so large that the other bound says nothing of the rest
 FILE = "verify/reference.safetensors"  # in a folder of its own: serving tools read every safetensors file of theirs
 
 
@@ -74,6 +79,23 @@ def save(path: Path, sequences: list[Sequence]) -> None:
 def difference(found: Tensor, expected: Tensor) -> float:
     """Largest difference of two tensors; infinite where it is not a number, so that NaN is never close to anything."""
     return float((found - expected).abs().nan_to_num(nan=torch.inf).max())
+
+
+def compared(found: Iterable[Tensor], sequences: list[Sequence]) -> dict[str, Any]:
+    """Logits beside the reference's: the largest difference, the largest reference logit, the largest KL of a token."""
+    worst = largest = divergence = 0.0
+    for scores, sequence in zip(found, sequences, strict=True):
+        worst = max(worst, difference(scores, sequence.logits))
+        largest = max(largest, difference(sequence.logits, torch.zeros(())))
+        p, q = (logits.double().log_softmax(-1) for logits in (sequence.logits, scores))
+        divergence = max(divergence, difference((p.exp() * (p - q)).sum(-1), torch.zeros(())))
+    return {"max_abs_logit_diff": worst, "max_abs_logit": largest, "max_kl": divergence}
+
+
+def close(row: dict[str, Any]) -> bool:
+    """Whether what `compared` found is within both bounds; nothing is close to a reference that is not finite."""
+    worst, largest, divergence = (row[key] for key in ("max_abs_logit_diff", "max_abs_logit", "max_kl"))
+    return math.isfinite(largest) and worst <= LOGIT_BOUND * largest and divergence <= KL_BOUND
 
 
 def load(path: Path) -> list[Sequence]:

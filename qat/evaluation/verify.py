@@ -33,12 +33,11 @@ from qat.formats.base import (
 from qat.numerics.metrics import kl
 from qat.numerics.qtensor import QuantizedTensor
 
-LOGIT_BOUND = 1e-4  # of the largest reference logit
 FAST_KL_BOUND = 0.02  # nats, of the fast path against the reference
 MIN_PROMPTS, MIN_TOKENS = 3, 32
 READ = (  # what loaders look for: adapters, templates, tokenizers, code; and weights, of which some take every file
-    *(".json", ".jinja", ".model", ".py"),
-    *(".safetensors", ".bin", ".pt", ".pth", ".gguf"),
+    *(".json", ".jinja", ".model", "merges.txt", "vocab.txt", ".tiktoken", ".py", ".so"),
+    *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".gguf"),
 )
 
 
@@ -109,7 +108,8 @@ def _check(path: Path, certificate: dict[str, Any], device: str) -> dict[str, An
     captured = certificate.get("captured")
     if isinstance(captured, dict):
         equal, modules = captured.get("equal"), captured.get("modules")
-        checks["captured"] = {**captured, "passed": isinstance(equal, int) and 0 < equal == modules}
+        all_of_them = isinstance(equal, int) and len(checkpoint.tensors) <= equal == modules
+        checks["captured"] = {**captured, "passed": all_of_them}
     elif "sha256" in certificate and not (isinstance(captured, str) and captured):
         checks["captured"] = {"reason": "the certificate does not say what was captured", "passed": False}
     elif captured is None:
@@ -140,17 +140,14 @@ def _judged(rows: dict[str, Any]) -> dict[str, Any]:
     for row in rows.values():
         row["passed"] = row["max_abs_diff"] == 0
         if "max_abs_logit_diff" in row:
-            row["passed"] &= row["max_abs_logit_diff"] <= LOGIT_BOUND * row["max_abs_logit"]
+            row["passed"] &= reference.close(row)
     return rows
 
 
 def _engine(path: Path, sequences: list[Sequence], device: str, dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     llm = LLM(path, EngineConfig(kernel="reference", device=device, dtype=name))
-    worst = largest = 0.0
-    for sequence, scores in zip(sequences, _scores(llm, sequences), strict=True):
-        worst = max(worst, difference(scores, sequence.logits))
-        largest = max(largest, float(sequence.logits.abs().max()))
+    compared = reference.compared(_scores(llm, sequences), sequences)
     lengths = [len(s.generated) for s in sequences]
     params = SamplingParams(max_tokens=max(lengths), temperature=0.0, ignore_eos=True)
     outputs = llm.generate([s.ids[: s.prompt].tolist() for s in sequences], params)
@@ -160,12 +157,11 @@ def _engine(path: Path, sequences: list[Sequence], device: str, dtype: torch.dty
     return {
         "dtype": name,
         "kv": llm.loaded.kv,
-        "max_abs_logit_diff": worst,
-        "max_abs_logit": largest,
+        **compared,
         "greedy_equal": equal,
         "prompts": len(sequences),
         "tokens": min(lengths),
-        "passed": worst <= LOGIT_BOUND * largest and equal == len(sequences) and enough,
+        "passed": reference.close(compared) and equal == len(sequences) and enough,
     }
 
 
@@ -221,7 +217,9 @@ def _files(checkpoint: Checkpoint, sha: Any) -> dict[str, Any]:
     path, now = checkpoint.path, _file_digests(checkpoint)
     changed = sorted(name for name, value in sha.items() if now.get(name) != value)
     later = [name for name in now if name not in sha]
-    added = sorted(name for name in later if Path(name).suffix in READ or not (path / name).is_file())
+    added = sorted(
+        name for name in later if {Path(name).suffix, Path(name).name} & set(READ) or not (path / name).is_file()
+    )
     passed = bool(sha) and not changed and not added
     return {"equal": len(sha) - len(changed), "changed": changed, "added": added, "passed": passed}
 

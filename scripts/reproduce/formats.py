@@ -109,6 +109,7 @@ def judged(certificate: dict[str, Any], said: str) -> Row:
         "reader_logit_diff": max(logits, default=None),
         "engine_logit_diff": engine.get("max_abs_logit_diff"),
         "max_abs_logit": engine.get("max_abs_logit"),
+        "engine_max_kl": engine.get("max_kl"),
         "greedy_equal": engine.get("greedy_equal"),
         "fast_path_kl": checks.get("fast_path", {}).get("kl"),
         "unchecked": certificate["unchecked"],

@@ -36,16 +36,19 @@ from qat.surgery.convert import apply
 
 HERE = Path(__file__).parent
 TOOLS = {
-    "qat": ("rtn", "mse_rtn", "gptq_paper", "gptq", "awq", "autoround"),
+    "qat": (
+        *("rtn", "mse_rtn", "gptq_paper", "gptq", "awq", "autoround"),
+        *("rtn_ct", "gptq_paper_ct", "gptq_ct", "awq_ct"),  # with scales like those of the others
+    ),
     "llmcompressor": ("rtn", "gptq", "gptq_mse", "awq"),
     "autoround": ("autoround",),
     "gptqmodel": ("gptq",),
 }
 OURS = {
-    "rtn": ("rtn",),
-    "gptq": ("gptq_paper", "gptq"),
-    "gptq_mse": ("gptq",),
-    "awq": ("awq",),
+    "rtn": ("rtn", "rtn_ct"),
+    "gptq": ("gptq_paper", "gptq", "gptq_paper_ct", "gptq_ct"),
+    "gptq_mse": ("gptq", "gptq_ct"),
+    "awq": ("awq", "awq_ct"),
     "autoround": ("autoround",),
 }
 GROUP = 64
@@ -255,8 +258,14 @@ def table(rows: list[Row]) -> str:
     return _markdown(["recipe", "tool", "method", "ppl", "nll", "KL", "s", "CPU s", "peak MiB", "scales"], lines)
 
 
+def pairs_tables(found: list[Row]) -> list[str]:
+    """Each peer's row beside ours as we recommend it, and beside ours with scales like theirs, where there are any."""
+    alike = [one for one in found if one["ours"].endswith("_ct")]
+    return [pairs_table(rows) for rows in ([one for one in found if one not in alike], alike) if rows]
+
+
 def pairs_table(found: list[Row]) -> str:
-    """Each peer's row beside ours, as Markdown; negative differences are ours being better."""
+    """Peers' rows beside ours, as Markdown; negative differences are ours being better."""
     lines = []
     for one in found:
         line = [f"`{one['recipe']}`", one["tool"], f"`{one['method']}`", f"{one['ppl']:.3f}", f"{one['kl']:.4f}"]
@@ -332,7 +341,7 @@ def main() -> None:
     wanted = {cell: calibrated(cell, given) for cell in cells(given.tools, given.methods, given.bits)}
     failed = fill(given.json, content, wanted, produce)
     mark = f"<!-- from: {given.json} -->"
-    print(f"{mark}\n{table(content['rows'])}\n\n{mark}\n{pairs_table(pairs(content['rows']))}")
+    print("\n\n".join(f"{mark}\n{text}" for text in [table(content["rows"]), *pairs_tables(pairs(content["rows"]))]))
     sys.exit(1 if failed else 0)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lanes import Make, gpus, share
 from quality_plan import ARMS, RECIPES, TRAINED, Board, Lane, composed, digest, plan
+from results import read
 
 from qat.cli.rundir import git
 
@@ -56,6 +57,9 @@ def main() -> None:
     """Makes what is left of the table."""
     given = arguments()
     given.commit = given.commit or (git() or {}).get("sha")
+    if [row for row in read(Path(given.json))["rows"] if ("kl" in row) == given.tune]:
+        judged, flag = ("the test split", "without --tune") if given.tune else ("validation alone", "with --tune")
+        raise SystemExit(f"--json {given.json}: its rows are judged on {judged}; go on {flag}, or give another file")
     cells = plan(given.recipes, given.arms, given.seeds)
     digests = {cell: digest(cell, given) for cell in cells}
     board = Board(Path(given.json), Path(given.work), cells, digests, given.tune)

@@ -1,9 +1,10 @@
-"""What was tried, as Markdown, from the JSON that `quality.py --tune` filled: by recipe and arm, what its settings
+"""What was tried, as Markdown, from the JSON that `quality.py --tune` adds to: by recipe and arm, what its settings
 differ in, and what validation says of them.
 
     python scripts/reproduce/tuning_table.py scripts/results/tuning.json
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ FOLLOW = ("trainer.checkpoint_every", "trainer.val_every")  # max_steps, in each
 
 def words(settings: str) -> dict[str, str]:
     """Settings by name, the last word of each; what the recipe says follows them and is left out."""
-    return dict(word.split("=", 1) for word in settings.split(" {")[0].split(" "))
+    return dict(word.split("=", 1) for word in re.split(r" (?=\+?[\w.@]+=)", settings.split(" {")[0]))
 
 
 def tried(rows: list[Row], settings: dict[str, str]) -> list[tuple[Row, dict[str, str]]]:
@@ -35,10 +36,10 @@ def table(content: Row) -> str:
     """All of them; KL and nll are on validation."""
     lines = [
         [f"`{row['recipe']}`", f"`{row['arm']}`", str(row["seed"]), " ".join(f"`{k}={v}`" for k, v in own.items()),
-         f"{row['kl_validation']:.4f}", f"{row['nll_validation']:.4f}", f"{row['train_minutes']:.1f}"]
+         f"{row['kl_validation']:.4f}", f"{row['nll_validation']:.4f}", f"{row['minutes']:.1f}"]
         for row, own in tried(content["rows"], content["meta"]["settings"])
     ]  # fmt: skip
-    return markdown(["recipe", "arm", "seed", "settings", "KL", "nll", "minutes of training"], lines)
+    return markdown(["recipe", "arm", "seed", "settings", "KL", "nll", "minutes"], lines)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
-from qat.evaluation.reference import FILE, decode, load, save
+from qat.evaluation.reference import FILE, KL_BOUND, LOGIT_BOUND, Sequence, close, compared, decode, load, save
 
 PROMPT = torch.tensor([5, 9, 200, 31])
 
@@ -102,3 +102,44 @@ def test_a_damaged_file_is_named(directory, model):
     save_file(parts, file)
     with pytest.raises(ValueError, match=r"reference\.safetensors: damaged"):
         load(directory)
+
+
+def logits_of(sequence, logits):
+    return compared([logits], [Sequence(sequence.ids, sequence.prompt, sequence.logits)])
+
+
+def test_logits_are_close_within_both_bounds(sequence):
+    row = logits_of(sequence, sequence.logits)
+    assert row == {"max_abs_logit_diff": 0, "max_abs_logit": float(sequence.logits.abs().max()), "max_kl": 0}
+    assert close(row)
+    shift = LOGIT_BOUND * row["max_abs_logit"]
+    assert close(logits_of(sequence, sequence.logits + 0.9 * shift))  # softmax does not see it
+    assert not close(logits_of(sequence, sequence.logits + 1.1 * shift))
+
+
+def test_max_kl_is_that_of_the_worst_token(sequence):
+    """In closed form: one logit moved by d changes KL from 0 to log(1 + p (e^d - 1)) - p d."""
+    moved, d = sequence.logits.clone(), 0.5
+    moved[:, 3] += d
+    p = sequence.logits.double().softmax(-1)[:, 3]
+    expected = (1 + p * torch.expm1(torch.tensor(d, dtype=torch.float64))).log() - p * d
+    assert logits_of(sequence, moved)["max_kl"] == pytest.approx(float(expected.max()), rel=1e-5)
+
+
+def test_one_large_logit_does_not_excuse_the_others(sequence):
+    large = sequence.logits.clone()
+    large[:, 7] = -1e6
+    noise = torch.randn(large.shape, generator=torch.Generator().manual_seed(0))
+    row = compared([large + noise], [Sequence(sequence.ids, sequence.prompt, large)])
+    assert row["max_abs_logit_diff"] < LOGIT_BOUND * row["max_abs_logit"]
+    assert row["max_kl"] > 1e3 * KL_BOUND
+    assert not close(row)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_nothing_is_close_to_what_is_not_finite(sequence, value):
+    odd = sequence.logits.clone()
+    odd[2, 5] = value
+    assert not close(compared([odd], [Sequence(sequence.ids, sequence.prompt, odd)]))
+    assert not close(compared([odd], [sequence]))
+    assert not close(compared([sequence.logits], [Sequence(sequence.ids, sequence.prompt, odd)]))

@@ -13,7 +13,8 @@ from tiny_grids import MIXED, PAIRS, RECIPES
 from qat.engine.config import EngineConfig
 from qat.engine.llm import LLM
 from qat.evaluation import foreign, reference
-from qat.evaluation.verify import FAST_KL_BOUND, LOGIT_BOUND, verify
+from qat.evaluation.reference import KL_BOUND, LOGIT_BOUND
+from qat.evaluation.verify import FAST_KL_BOUND, verify
 from qat.formats import compressed_tensors, ct_args
 from qat.nn.quantized_input import QuantizedInput
 from qat.numerics.granularity import PerGroup
@@ -395,6 +396,7 @@ def test_captured_weights_must_all_be_equal(copy):
         ({"modules": 14, "equal": 14, "dtype": "float32"}, True),
         ({"modules": 14, "equal": 13}, False),
         ({"modules": 0, "equal": 0}, False),
+        ({"modules": 1, "equal": 1}, False),  # the file has 14
     ):
         (copy / "verify.json").write_text(json.dumps(certificate | {"captured": captured}))
         assert verify(copy)["verified"] is passed
@@ -410,12 +412,18 @@ def test_too_few_prompts_or_tokens_prove_nothing(tmp_path, monkeypatch, prompts,
     assert (engine["greedy_equal"], engine["tokens"]) == (prompts, tokens)  # equal, but not enough
 
 
-def test_logits_of_transformers_in_fp32_are_held_to_the_bound(copy, monkeypatch):
+@pytest.mark.parametrize("key", ["max_abs_logit_diff", "max_kl", "max_abs_logit"])
+def test_logits_of_transformers_in_fp32_are_held_to_the_bounds(copy, monkeypatch, key):
     logits = foreign.logits
 
     def off(*args):
         found = logits(*args)
-        return found | {"max_abs_logit_diff": 1.1 * LOGIT_BOUND * found["max_abs_logit"]}
+        bounds = {
+            "max_abs_logit_diff": LOGIT_BOUND * found["max_abs_logit"],
+            "max_kl": KL_BOUND,
+            "max_abs_logit": torch.inf,
+        }
+        return found | {key: 1.1 * bounds[key]}
 
     monkeypatch.setattr(foreign, "logits", off)
     certificate = verify(copy)
@@ -530,10 +538,9 @@ def test_logits_that_are_not_numbers_are_close_to_nothing(copy, monkeypatch):
     assert difference(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
     score = LLM.score
     monkeypatch.setattr(LLM, "score", lambda *a: [torch.full_like(s, torch.nan) for s in score(*a)])
-    logits = foreign.logits
-    monkeypatch.setattr(foreign, "difference", lambda found, expected: difference(found * torch.nan, expected))
+    compared = foreign.compared
+    monkeypatch.setattr(foreign, "compared", lambda found, said: compared((one * torch.nan for one in found), said))
     checks = verify(copy)["checks"]
-    assert logits is foreign.logits
     assert not checks["engine"]["passed"]
     assert not checks["transformers_fp32"]["passed"]
     assert not checks["fast_path"]["passed"]
