@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 TOOLS = {
     "qat": (
         *("rtn", "mse_rtn", "gptq_paper", "gptq", "awq", "autoround"),
-        *("rtn_ct", "gptq_paper_ct", "gptq_ct", "awq_ct"),  # with scales like those of the others
+        *("rtn_ct", "gptq_paper_ct", "gptq_ct", "gptq_group_ct", "awq_ct"),  # with scales like those of the others
     ),
     "llmcompressor": ("rtn", "gptq", "gptq_mse", "awq"),
     "autoround": ("autoround",),
@@ -46,8 +46,8 @@ TOOLS = {
 }
 OURS = {
     "rtn": ("rtn", "rtn_ct"),
-    "gptq": ("gptq_paper", "gptq", "gptq_paper_ct", "gptq_ct"),
-    "gptq_mse": ("gptq", "gptq_ct"),
+    "gptq": ("gptq_paper", "gptq", "gptq_paper_ct", "gptq_ct", "gptq_group_ct"),
+    "gptq_mse": ("gptq", "gptq_ct", "gptq_group_ct"),
     "awq": ("awq", "awq_ct"),
     "autoround": ("autoround",),
 }

@@ -1,8 +1,9 @@
 """Ours, with the settings of `configs/method` as they are where a GPU is used, and the recipe `configs/recipe` has.
 
 `gptq_paper` is `gptq` on min-max ranges and without GPTAQ: what other tools' defaults are nearest to. Methods in `_ct`
-have scales as compressed-tensors has them, without signs, so that what is left of a difference is the method's. In
-groups of 64. On a GPU the model is in bf16 and eight sequences at a time are heard, as with `qat run`.
+have scales as compressed-tensors has them, without signs, so that what is left of a difference is the method's;
+`gptq_group_ct` takes groups by their energy, and their ranges from the weights at hand. In groups of 64. On a GPU the
+model is in bf16 and eight sequences at a time are heard, as with `qat run`.
 """
 
 from typing import Any
@@ -23,6 +24,7 @@ PAPER = ["method.asymmetry=0", "observer=minmax", "method.observer=${observer}"]
 UNSIGNED = "recipe.rules.linears.weight.convention=ct"
 VARIANTS = {"gptq_paper": PAPER, "gptq_paper_ct": [*PAPER, UNSIGNED]}
 VARIANTS |= {f"{method}_ct": [UNSIGNED] for method in ("rtn", "gptq", "awq")}
+VARIANTS |= {"gptq_group_ct": ["method.act_order=group", "method.groups=current", UNSIGNED]}
 METHODS = ("rtn", "mse_rtn", "gptq", "awq", "autoround", *VARIANTS)
 
 
