@@ -309,7 +309,7 @@ def test_transformers_still_fails_on_a_packed_embedding(tmp_path):
 
 def test_codes_from_another_recipe_or_dtype_are_refused(tmp_path):
     model, changes = tiny(), rtn_method(tiny(), recipe(4), [], observer=MinMax())
-    with pytest.raises(ValueError, match="quantized as int4_g32, but the recipe says int3_g32"):
+    with pytest.raises(ValueError, match="quantized as int4_g32_signed, but the recipe says int3_g32_signed"):
         ct.save(tmp_path / "m", model, recipe(3), changes.tensors, {}, None)
     with pytest.raises(ValueError, match=r"scale in torch\.bfloat16, but the storage dtype is torch\.float16"):
         ct.save(tmp_path / "m", model, recipe(4), changes.tensors, {}, None, torch.float16)
