@@ -160,5 +160,6 @@ def say(text: str) -> None:
 
 
 def _shown(method: dict[str, Any]) -> str:
-    plain = {k: v for k, v in method.items() if not (k.startswith("_") or v is None or isinstance(v, dict))}
-    return ", ".join(f"{k}={v}" for k, v in plain.items()) or "round to nearest"
+    """Its settings; what is nested by its name, such as an observer's or that of the method that goes on."""
+    named = {k: v.get("_target_", "").rpartition(".")[2] if isinstance(v, dict) else v for k, v in method.items()}
+    return ", ".join(f"{k}={v}" for k, v in named.items() if not k.startswith("_") and v is not None)

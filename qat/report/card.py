@@ -49,7 +49,7 @@ def card(
         *_head(model, f"{model}, quantized: {Path(config['choices']['recipe']).stem} by {arm}", name),
         *_scheme(recipe, name, config["export"]["dtype"]),
         *_numbers(summary, arm, run),
-        *_data(config, run),
+        *_data(config, run, arm),
         *_certificate(export),
         *_serving(served),
         *_command([run["argv"], argv], run.get("versions", {}), run.get("git")),
@@ -136,14 +136,15 @@ def _numbers(summary: Mapping[str, Any], arm: str, run: Mapping[str, Any]) -> li
     return [*lines, "", *notes, *([""] if notes else [])]
 
 
-def _data(config: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+def _data(config: Mapping[str, Any], run: Mapping[str, Any], arm: str) -> list[str]:
     data, calibration = run["data"], config["calibration"]
     given, extra = config["data"]["path"], [Path(path).name for path in config["data"]["extra"]]
     name = Path(given).name if given else Path(config["choices"]["data"]).stem
-    more = f", trained on {', '.join(f'`{one}`' for one in extra)} too" if extra else ""
+    trained = config["verb"] != "ptq" and arm == "qat"
+    more = f", trained on {', '.join(f'`{one}`' for one in extra)} too" if extra and trained else ""
     where = f"`{name}`{more}; tokens with the fingerprint `{data['fingerprint']}`."
     used = f"Calibration: {calibration['samples']} x {calibration['seq_len']} tokens of the train split"
-    if config["verb"] != "ptq":
+    if trained:
         steps, batch = config["trainer"]["max_steps"], config["trainer"]["batch_size"]
         used += f"; training: {steps} steps, batches of {batch} x {config['data']['seq_len']}"
     return ["## Data", "", where, f"{used}.", ""]

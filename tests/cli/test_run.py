@@ -169,8 +169,8 @@ def test_dry_run_stops_after_the_plan(start, monkeypatch):
     assert "int4_g32" in out
     assert re.search(r"\n  q_proj +\[64, 64\] +x 1 +Marlin\n", out)
     *_, rtn, gptq, _, trained = out.splitlines()
-    assert rtn == "rtn: round to nearest"
-    assert gptq.startswith("gptq: act_order=static, groups=static, ")
+    assert rtn == "rtn: observer=MinMax"
+    assert gptq.startswith("gptq: observer=MSE, act_order=static, groups=static, ")
     assert re.fullmatch(r"qat: 2 steps of \d+ x \d+ tokens on kl, from \w+, estimator lsq, schedule learn", trained)
 
 

@@ -95,7 +95,8 @@ def test_what_it_is_and_how_it_was_made():
         assert words in text, words
     assert "/some/where" not in text
     assert all(line in text for line in export_lines(EXPORT))
-    assert "training" not in made(config=CONFIG | {"verb": "ptq"}).split("## Data")[1].split("##")[0]
+    for other in ({"config": CONFIG | {"verb": "ptq"}}, {"arm": "gptq"}):  # it was not trained
+        assert "training" not in made(**other).split("## Data")[1].split("##")[0]
     assert "Keys and values are cached as int8" in made(recipe=Recipe(RECIPE.rules, KINDS["int8"]))
     data = {"seq_len": 512, "path": "/some/where/mine", "extra": ["/else/more"]}
     assert "`mine`, trained on `more` too; tokens with the fingerprint" in made(config=CONFIG | {"data": data})
