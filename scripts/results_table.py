@@ -26,9 +26,11 @@ COLUMNS = {  # in the table: key in the row, format
 
 
 def read(run: Path) -> dict[str, Any]:
-    """One run: what it was, its arms, what QAT recovered, its export and its cost."""
+    """One run: what it was, its arms, what QAT recovered, its export and its cost; refused if it has not ended."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     facts, summary = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("run.json", "summary.json"))
+    if "export" not in summary:
+        raise SystemExit(f"{run}: has not ended; `qat run` with the same arguments goes on with it")
     recipe, device = config["choices"]["recipe"], facts["device"]
     named = {"run": f"{recipe} on {device}", "recipe": recipe, "device": device}
     export = {key: value for key, value in summary["export"].items() if key != "path"}

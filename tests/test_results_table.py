@@ -92,3 +92,11 @@ def test_a_file_holds_what_the_run_says(script, tmp_path, monkeypatch, capsys):
     meta = json.loads((tmp_path / "out.json").read_text())["meta"]["runs"][0]
     assert (meta["commit"], meta["dirty"]) == ("f" * 40, False)
     assert f"commit {'f' * 9}, 2026" in capsys.readouterr().out
+
+
+def test_a_run_that_has_not_ended_is_refused(script, tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "summary.json").write_text(json.dumps({"arms": {"fp": {}}}))
+    with pytest.raises(SystemExit, match="has not ended"):
+        script.read(tmp_path)
