@@ -74,7 +74,12 @@ def main(config: dict[str, Any]) -> int:
     return 0
 
 
-def count_of(tokens: Tokens, split: str, sizes: dict[str, Any], inherited: bool) -> int:
-    """How many windows are judged: as many as asked for; of the run's own number, as many as a shorter split has."""
-    count: int = sizes["windows"]
-    return min(count, len(tokens.streams[split]) // sizes["seq_len"]) if inherited else count
+def count_of(tokens: Tokens, split: str, sizes: dict[str, Any], inherited: bool) -> int | None:
+    """How many windows are judged: as many as asked for; of the run's own number, as many as a shorter split has.
+
+    None, the whole split, stays what it is.
+    """
+    count: int | None = sizes["windows"]
+    if count is None or not inherited:
+        return count
+    return min(count, len(tokens.streams[split]) // sizes["seq_len"])

@@ -45,6 +45,7 @@ def test_of_a_shorter_split_the_runs_number_of_windows_is_what_there_is():
     assert count_of(tokens, "validation", sizes, True) == 9
     assert count_of(tokens, "validation", sizes | {"windows": 3}, True) == 3
     assert count_of(tokens, "validation", sizes, False) == 12  # asked for, and so refused
+    assert count_of(tokens, "validation", sizes | {"windows": None}, True) is None  # the run took the whole split
 
 
 def test_more_windows_than_there_are(finished, capsys):
