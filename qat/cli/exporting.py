@@ -123,6 +123,7 @@ def outcome(path: str, certificate: dict[str, Any]) -> dict[str, Any]:
         "files_changed": [*files.get("changed", []), *files.get("added", [])],
         "weights_equal": all(weights) if weights else None,
         "max_abs_logit_diff": engine.get("max_abs_logit_diff"),
+        "max_kl": engine.get("max_kl"),
         "greedy_equal": engine.get("greedy_equal") == engine.get("prompts") if engine else None,
         "fast_path": checks.get("fast_path"),
     }

@@ -72,7 +72,7 @@ def export_lines(export: Mapping[str, Any]) -> list[str]:
         f"  codes, scales and other tensors are those that were found: {mark(export['codes_equal'])}",
         f"  other loaders decode the same weights, difference 0: {mark(export['weights_equal'])}",
         f"  engine, reference path: largest logit difference {_number(export['max_abs_logit_diff'])}, "
-        f"greedy tokens equal: {mark(export['greedy_equal'])}",
+        f"KL of a token {_number(export['max_kl'])}, greedy tokens equal: {mark(export['greedy_equal'])}",
     ]
     if changed := export["files_changed"]:
         lines.insert(2, f"  config, tokenizer and other files are those that were written: NO ({', '.join(changed)})")

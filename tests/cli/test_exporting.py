@@ -17,7 +17,7 @@ CHECKS = {
     "tensors": {"passed": True},
     "compressed_tensors": {"passed": True},
     "transformers_default": {"passed": True},
-    "engine": {"max_abs_logit_diff": 1e-6, "greedy_equal": 3, "prompts": 3, "passed": True},
+    "engine": {"max_abs_logit_diff": 1e-6, "max_kl": 1e-9, "greedy_equal": 3, "prompts": 3, "passed": True},
     "fast_path": {"kl": 1e-5},
 }
 
@@ -30,6 +30,7 @@ def test_a_certificate_in_the_words_of_the_summary():
         "files_changed": [],
         "weights_equal": True,
         "max_abs_logit_diff": 1e-6,
+        "max_kl": 1e-9,
         "greedy_equal": True,
         "fast_path": {"kl": 1e-5},
     }
@@ -74,8 +75,8 @@ def test_one_prompt_that_goes_elsewhere_is_enough():
 def test_what_was_not_checked_is_none_and_not_equal():
     loaders = {name: CHECKS[name] for name in ("compressed_tensors", "transformers_default")}
     found = outcome("x", {"verified": False, "checks": loaders})
-    unknown = ("codes_equal", "max_abs_logit_diff", "greedy_equal", "fast_path")
-    assert [found[key] for key in unknown] == [None] * 4
+    unknown = ("codes_equal", "max_abs_logit_diff", "max_kl", "greedy_equal", "fast_path")
+    assert [found[key] for key in unknown] == [None] * 5
     assert not found["verified"]
 
 

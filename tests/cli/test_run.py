@@ -28,7 +28,7 @@ ARM = {
 }
 EXPORT = {
     *("path", "verified", "codes_equal", "files_changed", "weights_equal"),
-    *("max_abs_logit_diff", "greedy_equal", "fast_path"),
+    *("max_abs_logit_diff", "max_kl", "greedy_equal", "fast_path"),
 }
 
 

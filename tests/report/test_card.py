@@ -20,7 +20,7 @@ GPTQ |= {"bits_per_weight": 5.25, "bytes": 113_200_000}
 QAT = GPTQ | {"ppl": 11.25, "nll": 2.4204, "kl": 0.1234, "top1_agree": 0.876}
 EXPORT = {
     "path": "x", "verified": True, "codes_equal": True, "files_changed": [], "weights_equal": True,
-    "max_abs_logit_diff": 1.25e-5, "greedy_equal": True, "fast_path": None,
+    "max_abs_logit_diff": 1.25e-5, "max_kl": 2e-9, "greedy_equal": True, "fast_path": None,
 }  # fmt: skip
 SUMMARY = {"arms": {"fp": FP, "gptq": GPTQ, "qat": QAT}, "export": EXPORT,
            "recovered": {"vs_gptq": {"kl": 0.643, "nll": None}}, "warnings": ["beware"]}  # fmt: skip

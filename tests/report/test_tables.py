@@ -23,6 +23,7 @@ EXPORT = {
     "files_changed": [],
     "weights_equal": True,
     "max_abs_logit_diff": 1.25e-5,
+    "max_kl": 2e-9,
     "greedy_equal": True,
     "fast_path": {"kl": 1e-4, "top1_agree": 0.99, "flips": [{}, {}], "passed": True},
 }
@@ -65,16 +66,22 @@ def test_a_verified_export_in_lines():
     assert first == "train == serve: VERIFIED"
     assert codes.endswith(": yes")
     assert weights.endswith(": yes")
-    assert "1.25e-05, greedy tokens equal: yes" in engine
+    assert "1.25e-05, KL of a token 2.00e-09, greedy tokens equal: yes" in engine
     assert "KL 1.00e-04, top-1 agreement 0.9900, flips 2 (all near ties: yes)" in fast
 
 
 def test_a_failed_check_and_one_that_was_not_made_look_different():
-    changes = {"verified": False, "codes_equal": False, "greedy_equal": None, "max_abs_logit_diff": None}
+    changes = {
+        "verified": False,
+        "codes_equal": False,
+        "greedy_equal": None,
+        "max_abs_logit_diff": None,
+        "max_kl": None,
+    }
     lines = export_lines(EXPORT | changes | {"fast_path": None})
     assert lines[0] == "train == serve: NOT VERIFIED"
     assert lines[1].endswith(": NO")
-    assert "logit difference not measured, greedy tokens equal: not checked" in lines[3]
+    assert "logit difference not measured, KL of a token not measured, greedy tokens equal: not checked" in lines[3]
     assert len(lines) == 4
     lines = export_lines(EXPORT | {"verified": False, "files_changed": ["config.json", "tokenizer.json"]})
     assert lines[2].endswith("are those that were written: NO (config.json, tokenizer.json)")
