@@ -17,7 +17,7 @@ from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
 
 PTQ = ("rtn", "mse_rtn", "gptq", "awq", "autoround")
-STEPS = {"w4a16_g64": 3200, "w3a16_g64": 3200}  # of `qat`, others 2000: training is to take about 4 minutes at most
+LONG = ("w4a16_g64", "w3a16_g64", "w2a16_g64")  # `qat` has 3800 steps, others 2000: about 4 minutes at most
 DISTILLED = ("qat", "blockap_qat")
 DOCS = 4  # times the train split of python_docs beside the generated text, which is nearly twenty times its size
 TRAINED = ("ft_fp", "blockap", *DISTILLED, "qat_ce")
@@ -35,6 +35,10 @@ RECIPES: dict[str, list[str]] = {  # the first three tuned on the validation spl
     "w4a8": ["optim.lr=2e-4"],
     "nvfp4a16": ["optim.lr=2e-4"],
     "nvfp4": ["optim.lr=2e-4"],
+}
+TUNED = {  # of `qat` alone, for its length
+    "w4a16_g64": ["optim.betas=[0.9,0.99]"],
+    "w2a16_g64": ["optim.lr=1e-3", "optim.betas=[0.9,0.99]"],
 }
 REPEATED = ("w4a16_g64", "w3a16_g64", "w2a16_g64")  # with every seed; the others with the first
 COMMON = ["format=none", "logger=none", "resume=never", "calibration.samples=128", "calibration.batch_size=8",
@@ -82,8 +86,10 @@ def settings(cell: Cell, given: Namespace) -> list[str]:
     if (cell.recipe, cell.arm) == ("w8a8", "qat_ce"):
         own = ["optim.lr=2e-4"]  # as `ft_fp`, which it is held to: at the other rate cross-entropy hardly trains
     if cell.arm in DISTILLED:
-        steps = STEPS.get(cell.recipe, 2000) if cell.arm == "qat" else 2000
-        own = ["loss=kl", *(f"trainer.{name}={steps}" for name in ("max_steps", "checkpoint_every", "val_every"))]
+        steps, own = 2000, ["loss=kl"]
+        if cell.arm == "qat":
+            steps, own = 3800 if cell.recipe in LONG else 2000, [*own, *TUNED.get(cell.recipe, [])]
+        own += [f"trainer.{name}={steps}" for name in ("max_steps", "checkpoint_every", "val_every")]
     elif cell.arm in ("ft_fp", "qat_ce"):
         own = [*own, "loss=ce"]
     return [*COMMON, *mine, *own, *given.overrides]
