@@ -63,9 +63,9 @@ class Cells:
         named = {"recipe": cell.recipe, "arm": cell.arm, "seed": cell.seed, "bits_per_quantized_weight": bits}
         judged = self._judged(made.graph, bench)
         elsewhere = made.cost.pop("elsewhere_minutes", 0.0)
-        minutes = {"minutes": (time.monotonic() - start) / 60 + elsewhere, "settings": sha, "commit": commit}
+        minutes: Row = {"minutes": (time.monotonic() - start) / 60 + elsewhere}
+        minutes |= {"device": device_name(bench.device), "settings": sha, "commit": commit}
         meta = {
-            "device": device_name(bench.device),
             "versions": versions(),
             "data": {name: tokens.fingerprint for name, tokens in self._texts.items()} | self._more,
             "settings": {sha: written(cell, self.arguments)},

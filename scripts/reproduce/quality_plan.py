@@ -17,7 +17,7 @@ from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
 
 PTQ = ("rtn", "mse_rtn", "gptq", "awq", "autoround")
-LONG = ("w4a16_g64", "w3a16_g64", "w2a16_g64")  # `qat` has 3800 steps, others 2000: about 4 minutes at most
+LONG = ("w4a16_g64", "w3a16_g64", "w2a16_g64")  # `qat` has 3800 steps, others 2000: 4.5 minutes at most
 DISTILLED = ("qat", "blockap_qat")
 DOCS = 4  # times the train split of python_docs beside the generated text, which is nearly twenty times its size
 TRAINED = ("ft_fp", "blockap", *DISTILLED, "qat_ce")
