@@ -31,6 +31,7 @@ from qat.nn.kv import check_kv
 from qat.numerics.recipe import Recipe
 from qat.surgery.convert import apply
 from qat.surgery.match import Plan, match
+from qat.surgery.rotate import check_stream
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
         gguf.check_model(model)
     if recipe.kv is not None:
         check_kv(model, recipe.kv)
+    if _rotates_stream({key: config.get(key) for key in ("arms", "method", "init", "adapter")}):
+        check_stream(model)
     test, calib = config["evaluation"], config["calibration"]
     limit = model.config.max_position_embeddings
     for key in ("data", "calibration", "evaluation"):
@@ -185,6 +188,14 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     if not known:
         run.start(config, facts)
     return bench
+
+
+def _rotates_stream(node: Any) -> bool:
+    """Whether a method, in whatever place, rotates the residual stream."""
+    if not isinstance(node, Mapping):
+        return False
+    mine = node.get("_target_") == "qat.ptq.rotate.rotate" and node["residual"]
+    return mine or any(_rotates_stream(value) for value in node.values())
 
 
 def linears(plan: Plan, config: Mapping[str, Any]) -> list[Layer]:

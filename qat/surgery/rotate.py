@@ -53,6 +53,7 @@ def rotated(model: PreTrainedModel, kind: Kind, residual: bool, values: bool, se
     assert isinstance(layers, nn.ModuleList)
     moved: Tensors = {}
     if residual:
+        check_stream(model)
         stream = _matrix("residual", model.config.hidden_size, kind, generator).to(device)
         moved |= _ends(model, structure, stream)
     for index, layer in enumerate(layers):
@@ -68,6 +69,23 @@ def rotated(model: PreTrainedModel, kind: Kind, residual: bool, values: bool, se
     return moved
 
 
+def check_stream(model: PreTrainedModel) -> None:
+    """Whether the residual stream can be rotated (R1).
+
+    Raises:
+        ValueError: The family is not known, or the head is tied and cannot follow.
+    """
+    structure, table = structure_of(model.config.model_type), model.get_input_embeddings().weight
+    gain = model.get_parameter(f"{structure.norm}.weight").double() + structure.offset
+    if model.get_output_embeddings().weight is table and not bool((gain == gain[0]).all()):
+        name = next(name for name, parameter in model.named_parameters() if parameter is table)
+        raise ValueError(
+            f"{structure.norm}: its weight is not one number throughout, and the head is tied to {name}: no one matrix "
+            f"is both of them after rotating the residual stream. Use residual=false, which rotates values alone, or "
+            f"give the head a matrix of its own with model.untie=true"
+        )
+
+
 def _ends(model: PreTrainedModel, structure: Structure, stream: Tensor) -> Tensors:
     """The embedding, the last norm and the head under R1."""
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -78,12 +96,6 @@ def _ends(model: PreTrainedModel, structure: Structure, stream: Tensor) -> Tenso
     if head is not table:
         moved[names[id(head)]] = ((head.double() * gain) @ stream).to(_wide(head))
         moved[f"{structure.norm}.weight"] = torch.full_like(gain, 1 - structure.offset).to(_wide(norm))
-    elif not bool((gain == gain[0]).all()):
-        raise ValueError(
-            f"{structure.norm}: its weight is not one number throughout, and the head is tied to {names[id(table)]}: "
-            f"no one matrix is both of them after rotating the residual stream. Use residual=false, which rotates "
-            f"values alone, or give the head a matrix of its own with model.untie=true"
-        )
     return moved
 
 

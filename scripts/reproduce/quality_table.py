@@ -7,6 +7,7 @@ What is judged is the better of `qat` and `blockap_qat`, chosen by their KL on v
 are standard deviations over seeds; `s.e.` is the standard error over windows of the test split (jackknife).
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -199,4 +200,7 @@ def main(file: str, other: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="rows of quality.py")
+    parser.add_argument("other", nargs="?", help="rows of the same cells, made otherwise")
+    main(**vars(parser.parse_args()))

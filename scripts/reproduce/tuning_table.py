@@ -4,8 +4,8 @@ differ in, and what validation says of them.
     python scripts/reproduce/tuning_table.py scripts/results/tuning.json
 """
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 from quality_table import markdown
@@ -43,4 +43,7 @@ def table(content: Row) -> str:
 
 
 if __name__ == "__main__":
-    print(f"<!-- from: {sys.argv[1]} -->\n{table(read(Path(sys.argv[1])))}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="rows of quality.py --tune")
+    given = parser.parse_args()
+    print(f"<!-- from: {given.file} -->\n{table(read(given.file))}")

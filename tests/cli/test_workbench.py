@@ -15,6 +15,7 @@ from qat.cli.validate import validate
 from qat.cli.verbs import VERBS
 from qat.cli.workbench import cast, device_name, open_workbench, pick_device, quiet
 from qat.data.calibration import calibration
+from qat.models import hf
 
 
 @pytest.fixture
@@ -183,3 +184,26 @@ def test_a_cache_that_the_model_cannot_have_is_refused_before_there_is_a_run(con
     with pytest.raises(ValueError, match=r"recipe\.kv: refused"):
         open_workbench(config | {"recipe": config["recipe"] | {"kv": kv}})
     assert not os.path.exists(config["runs"])
+
+
+@pytest.mark.parametrize("place", ["method", "arms", "init"])
+def test_a_tied_head_that_cannot_follow_a_rotation_is_refused_before_there_is_a_run(config, place, monkeypatch):
+    from qat.cli import workbench
+
+    read = hf.load
+
+    def load(*args, **kwargs):
+        model, tokenizer = read(*args, **kwargs)
+        model.lm_head.weight = model.model.embed_tokens.weight
+        model.model.norm.weight.data[0] = 2.0
+        return model, tokenizer
+
+    monkeypatch.setattr(workbench.hf, "load", load)
+    rotate = {"_target_": "qat.ptq.rotate.rotate", "residual": True}
+    own = config.pop("arms")  # of which none rotates
+    placed = {"method": rotate, "arms": own | {"gptq": {"then": rotate}}, "init": {"method": rotate}}
+    with pytest.raises(ValueError, match=r"model\.norm: its weight is not one number .*model\.untie=true"):
+        open_workbench(config | {"arms": own} | {place: placed[place]})
+    assert not os.path.exists(config["runs"])
+    rotate["residual"] = False
+    open_workbench(config | {"arms": own} | {place: placed[place]})
