@@ -142,16 +142,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     named = config["model"]
     model, tokenizer = hf.load(**named, dtype=dtype)
     plan = match(model, recipe)
-    for row in plan.rows:
-        if row.weight is not None and (name := config["format"]["name"]) != "none":
-            FORMATS[name].check_scheme(row.name, row.weight, row.input, row.kind)
-    check(config, linears(plan, config), recipe.kv)
-    if config["format"]["name"] == "gguf":
-        gguf.check_model(model)
-    if recipe.kv is not None:
-        check_kv(model, recipe.kv)
-    if _rotates_stream({key: config.get(key) for key in ("arms", "method", "init", "adapter")}):
-        check_stream(model)
+    _check(model, plan, recipe, config)
     test, calib = config["evaluation"], config["calibration"]
     limit = model.config.max_position_embeddings
     for key in ("data", "calibration", "evaluation"):
@@ -188,6 +179,20 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     if not known:
         run.start(config, facts)
     return bench
+
+
+def _check(model: PreTrainedModel, plan: Plan, recipe: Recipe, config: dict[str, Any]) -> None:
+    """What format, target, recipe and methods ask of the model."""
+    for row in plan.rows:
+        if row.weight is not None and (name := config["format"]["name"]) != "none":
+            FORMATS[name].check_scheme(row.name, row.weight, row.input, row.kind)
+    check(config, linears(plan, config), recipe.kv)
+    if config["format"]["name"] == "gguf":
+        gguf.check_model(model)
+    if recipe.kv is not None:
+        check_kv(model, recipe.kv)
+    if _rotates_stream({key: config.get(key) for key in ("arms", "method", "init", "adapter")}):
+        check_stream(model)
 
 
 def _rotates_stream(node: Any) -> bool:
