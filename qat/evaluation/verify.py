@@ -35,10 +35,8 @@ from qat.numerics.qtensor import QuantizedTensor
 
 FAST_KL_BOUND = 0.02  # nats, of the fast path against the reference
 MIN_PROMPTS, MIN_TOKENS = 3, 32
-READ = (  # what loaders look for: adapters, templates, tokenizers, code; and weights, of which some take every file
-    *(".json", ".jinja", ".model", "merges.txt", "vocab.txt", ".tiktoken", ".py", ".so"),
-    *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".gguf"),
-)
+LATER = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes", ".gitignore")  # loaders read none of these
+HIDDEN = (".cache/", ".git/")
 
 
 def issue(
@@ -212,14 +210,14 @@ def _file_digests(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _files(checkpoint: Checkpoint, sha: Any) -> dict[str, Any]:
-    """Whether those files still are what they were, and none came later that loaders would read (a README may)."""
+    """Whether those files still are what they were, and none came later.
+
+    But a card, a license, and what hubs and git keep in hidden folders: no loader reads them.
+    """
     sha = sha if isinstance(sha, dict) else {}
     path, now = checkpoint.path, _file_digests(checkpoint)
     changed = sorted(name for name, value in sha.items() if now.get(name) != value)
-    later = [name for name in now if name not in sha]
-    added = sorted(
-        name for name in later if {Path(name).suffix, Path(name).name} & set(READ) or not (path / name).is_file()
-    )
+    added = sorted(name for name in now if name not in sha and name not in LATER and not name.startswith(HIDDEN))
     passed = bool(sha) and not changed and not added
     return {"equal": len(sha) - len(changed), "changed": changed, "added": added, "passed": passed}
 

@@ -30,6 +30,13 @@ def test_scores_are_what_they_are_defined_to_be():
     assert math.isclose(mean(scores.nll, scores.tokens), float(loss), rel_tol=1e-6)
 
 
+def test_both_models_are_judged_in_eval_mode():
+    model = tiny(attention_dropout=0.5)
+    windows = torch.randint(0, 256, (2, 16))
+    scores = evaluate(model.train(), windows, tiny(attention_dropout=0.5).train())
+    assert float(scores.kl.abs().max()) < 1e-6
+
+
 def test_scores_do_not_depend_on_the_batch_size():
     model, windows = tiny(), torch.randint(0, 256, (4, 16))
     a, b = evaluate(model, windows, model, 1), evaluate(model, windows, model, 4)

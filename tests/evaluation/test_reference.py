@@ -117,6 +117,13 @@ def test_logits_are_close_within_both_bounds(sequence):
     assert not close(logits_of(sequence, sequence.logits + 1.1 * shift))
 
 
+def test_the_bounds_are_those_that_are_published():
+    row = {"max_abs_logit_diff": 0.99e-3, "max_abs_logit": 10.0, "max_kl": 0.99e-5}
+    assert close(row)
+    assert not close(row | {"max_abs_logit_diff": 1.01e-3})
+    assert not close(row | {"max_kl": 1.01e-5})
+
+
 def test_max_kl_is_that_of_the_worst_token(sequence):
     """In closed form: one logit moved by d changes KL from 0 to log(1 + p (e^d - 1)) - p d."""
     moved, d = sequence.logits.clone(), 0.5

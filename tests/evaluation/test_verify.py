@@ -381,6 +381,23 @@ def test_greedy_tokens_must_be_equal(copy):
     assert certificate["checks"]["engine"]["greedy_equal"] == 2
 
 
+def test_a_token_that_the_engine_chooses_otherwise_is_enough(copy, monkeypatch):
+    """All else agrees: the same file, the same logits."""
+    generate = LLM.generate
+
+    def other(self, *args, **kwargs):
+        outputs = generate(self, *args, **kwargs)
+        return [replace(out, token_ids=[(out.token_ids[0] + 1) % 256, *out.token_ids[1:]]) for out in outputs]
+
+    monkeypatch.setattr(LLM, "generate", other)
+    certificate = verify(copy)
+    engine = certificate["checks"]["engine"]
+    assert reference.close(engine)
+    assert engine["greedy_equal"] == 0
+    assert [name for name, check in certificate["checks"].items() if not check["passed"]] == ["engine"]
+    assert not certificate["verified"]
+
+
 def test_a_bare_checkpoint_says_what_could_not_be_checked(tmp_path):
     export(tmp_path / "ct", certified=False)
     certificate = verify(tmp_path / "ct")
@@ -395,6 +412,7 @@ def test_captured_weights_must_all_be_equal(copy):
     for captured, passed in (
         ({"modules": 14, "equal": 14, "dtype": "float32"}, True),
         ({"modules": 14, "equal": 13}, False),
+        ({"modules": 15, "equal": 14}, False),  # one more was trained, such as a tied head, with other weights
         ({"modules": 0, "equal": 0}, False),
         ({"modules": 1, "equal": 1}, False),  # the file has 14
     ):
@@ -508,10 +526,14 @@ def test_other_files_must_be_those_that_were_certified(copy, name):
 
 def test_a_file_that_loaders_would_read_may_not_come_later(copy):
     """In a folder neither: `additional_chat_templates/default.jinja` wins over the template of the export."""
-    (copy / "README.md").write_text("# A model")
+    (copy / ".cache/huggingface").mkdir(parents=True)
+    for name in ("README.md", "LICENSE", ".gitattributes", ".cache/huggingface/.gitignore"):
+        (copy / name).write_text("# A model")
     assert verify(copy)["verified"]
     names = ["adapter_config.json", "additional_chat_templates/default.jinja", "custom_generate/generate.py"]
-    names += ["pytorch_model.bin", "special_tokens_map.json", "zz_model.safetensors"]
+    names += ["flax_model.msgpack", "model.ONNX", "pytorch_model.bin", "serve/README.md", "serve/more.sh"]
+    names += ["special_tokens_map.json", "vocab.bpe", "zz_model.safetensors"]
+    (copy / "serve").mkdir(exist_ok=True)
     (copy / "additional_chat_templates").mkdir()
     (copy / "custom_generate").mkdir()
     for name in names:

@@ -203,3 +203,11 @@ def test_the_zero_point_follows_from_the_scale_as_stored(width):
     assert torch.equal(zero.float(), torch.round(low - lo / scale.float()).clamp(low, high))
     unrounded = (hi - lo) / (high - low)
     assert not torch.equal(zero.float(), torch.round(low - lo / unrounded).clamp(low, high))
+
+
+def test_e8m0_scales_are_the_nearest_power_of_two_on_a_logarithmic_axis():
+    """Half way between two powers, by their logarithms, is sqrt(2) times the lower one."""
+    exponent = torch.arange(-120, 120, dtype=torch.float64)
+    for factor, up in ((1.0, 0), (1.41421, 0), (1.41422, 1), (1.5, 1), (1.99, 1)):
+        found = round_scale((factor * 2.0**exponent).float(), torch.float8_e8m0fnu)
+        assert torch.equal(found.double(), 2.0 ** (exponent + up)), factor

@@ -199,6 +199,30 @@ def test_relative_magnitude_is_that_of_its_definition():
     assert torch.allclose(relative_magnitude(weights, schemes), torch.stack(rows).mean(0), rtol=1e-5)
 
 
+def test_candidates_are_those_of_equation_5():
+    x, w = torch.tensor([1e-6, 0.02, 1.0, 30.0]), torch.tensor([0.3, 0.1, 0.8, 0.5])
+    for ratio in (0.0, 0.25, 1.0):
+        for duo in (False, True):
+            s = x.double() ** ratio / (w.double() ** (1 - ratio) + 1e-4 if duo else 1)
+            s = s.clamp(min=1e-4)
+            found = candidate(x, w, ratio, duo)
+            assert torch.allclose(found.double(), s / (s.max() * s.min()).sqrt(), rtol=1e-5, atol=0)
+    small = candidate(torch.tensor([1e-3, 1.0]), w[:2], 1.0, False)
+    assert float(small[1] / small[0]) == pytest.approx(1e3, rel=1e-5)  # 0.001 is not clamped
+
+
+@torch.no_grad()
+def test_importance_is_the_mean_magnitude_of_what_a_linear_gets(monkeypatch):
+    model, data, seen = tiny(layers=1), batches(), []
+    monkeypatch.setattr(module, "candidate", lambda x, w, ratio, duo: seen.append(x.clone()) or torch.ones_like(x))
+    awq(model, recipe(3), data, observer=MinMax(), grid=1)
+    names = [f"model.layers.0.{smoothing.linears[0]}" for smoothing in LLAMA.smoothings]
+    calls = heard_by(model, names, data)
+    for name, x_mean in zip(names, seen, strict=True):
+        x = torch.cat([args[0].flatten(0, 1) for args, _, _ in calls[name]])
+        assert torch.allclose(x_mean, x.abs().mean(0), rtol=1e-5, atol=1e-7), name
+
+
 def test_candidates_are_centred_and_finite():
     for ratio in (0.0, 0.5, 1.0):
         for duo in (False, True):

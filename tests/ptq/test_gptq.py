@@ -191,6 +191,23 @@ def test_a_linear_that_no_token_reaches_is_rounded_to_nearest_and_reported(monke
     assert torch.equal(changes.tensors[row["name"]].codes, nearest.codes)
 
 
+def test_what_one_stream_alone_reaches_says_nothing(monkeypatch):
+    """As an expert to which the full-precision stream routes tokens, and the quantized one none."""
+    model, called = tiny(layers=1), []
+
+    def forward(self, x):
+        called.append(self)
+        if len(called) % 2 == 0:  # the second of each pair: the full-precision one
+            self.gate_proj(x)
+        return self.down_proj(self.up_proj(x))
+
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", forward)
+    rules = Recipe({"gate": Rule(".*gate_proj", scheme(3))})
+    changes = gptq(model, rules, [torch.randint(0, 256, (2, 24))], observer=MinMax(), asymmetry=0.25)
+    assert len(called) >= 2
+    assert "calibration never excites it" in changes.layers[0]["fallback"]
+
+
 def test_an_error_in_a_linear_has_its_name():
     model = tiny()
     with torch.no_grad():

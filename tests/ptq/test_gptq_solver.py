@@ -203,6 +203,26 @@ def unequal_inputs(tokens=400):
     return weight, x, full, hessian, cross
 
 
+def test_what_is_heard_are_the_products_of_their_equations():
+    """The cross matrix has the Hessian's factor: without it, another share of the difference would be made up for."""
+    _, x, full, hessian, cross = unequal_inputs()
+    assert torch.allclose(hessian, 2 * x.T @ x, rtol=1e-12, atol=1e-9)
+    assert torch.allclose(cross, 2 * (full - x).T @ x, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("asymmetry", [0.25, 1.0])
+def test_asymmetry_is_the_share_of_gptaqs_product_that_is_added_before_rounding(asymmetry):
+    weight, _, _, hessian, cross = unequal_inputs()
+    factor, _, _ = inverse_factor(hessian, 0.01)
+    moved = weight + asymmetry * weight @ torch.triu(cross @ factor.T, 1) @ factor
+    knobs = {"observer": MinMax(), "act_order": "none", "groups": "current"}  # ranges are of what is rounded
+    found, _ = quantize_weight(weight, hessian, scheme(4), cross_II=cross, asymmetry=asymmetry, **knobs)
+    expected, _ = quantize_weight(moved, hessian, scheme(4), **knobs)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scale, expected.scale)
+    assert not torch.equal(found.codes, quantize_weight(weight, hessian, scheme(4), **knobs)[0].codes)
+
+
 def test_asymmetry_makes_up_for_inputs_that_differ():
     """GPTAQ's aim: `W x_full` from quantized weights and the inputs that there are."""
     weight, x, full, hessian, cross = unequal_inputs()

@@ -30,6 +30,17 @@ def prepared(input, estimator=None):
     return student
 
 
+def test_a_second_calibration_knows_nothing_of_the_first():
+    twice, once = prepared(STATIC), prepared(STATIC)
+    calibrate(twice, BATCHES[:2])
+    calibrate(twice, BATCHES[2:])
+    calibrate(once, BATCHES[2:])
+    pairs = list(zip(needing(twice).values(), needing(once).values(), strict=True))
+    assert all((float(a.low), float(a.high)) == (float(b.low), float(b.high)) for a, b in pairs)
+    calibrate(twice, BATCHES)
+    assert any(float(a.high) != float(b.high) for a, b in pairs)  # more batches, other ranges
+
+
 def test_ranges_are_those_of_all_batches_before_any_input_is_rounded():
     student = prepared(STATIC)
     plain, heard = prepared(None), {}  # the same weights: without input schemes they compute what calibration sees

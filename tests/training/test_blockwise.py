@@ -334,3 +334,16 @@ def test_a_block_that_gets_nothing_but_zeros_stays_where_it_began():
     found, base = train(model, train=["round", "scales"]), rtn(model, recipe(3), [], observer=MinMax())
     assert all(torch.equal(tensor.codes, found.tensors[name].codes) for name, tensor in base.tensors.items())
     assert [(row["initial"], row["loss"]) for row in found.layers] == [(0.0, 0.0)]
+
+
+def test_rates_fall_over_all_epochs_of_a_block(monkeypatch):
+    built, build = [], steps.Optim.build
+
+    def spy(optim, model, total):
+        built.append(total)
+        return build(optim, model, total)
+
+    monkeypatch.setattr(steps.Optim, "build", spy)
+    once, thrice = (train(tiny(), epochs=epochs).layers for epochs in (1, 3))
+    assert [row["steps"] for row in (*once, *thrice)] == built
+    assert built[2:] == [3 * total for total in built[:2]]
