@@ -105,7 +105,7 @@ def test_the_readme_says_what_the_file_says_and_the_file_what_its_rows_say(table
     for shown in (table.verdict(content["aims"]), table.matrix(means, "kl", 4), table.matrix(means, "ppl", 3)):
         assert f"<!-- from: scripts/results/quality.json -->\n{shown}\n\n" in readme
     other = json.loads((ROOT / "scripts/results/quality_ct.json").read_text(encoding="utf-8"))
-    assert other["beside"] == table.beside(means, other["rows"])
+    assert other["beside"] == table.beside(means, other["rows"], other["like"])
     assert f"<!-- from: scripts/results/quality_ct.json -->\n{table.beside_table(other['beside'])}\n\n" in readme
 
 
@@ -115,6 +115,8 @@ def test_cells_made_otherwise_stand_before_those_as_they_are(table):
     found = table.beside(means, others)
     assert found == [{"recipe": "w3a16_g64", "arm": "gptq", "first": 1.0, "kl": 0.25}]
     assert table.beside_table(found).splitlines()[-1] == "| `w3a16_g64` | 1.0000 → 0.2500 |"
+    like = [{"recipe": "w3a16_g64", "arm": "gptq", "kl": kl} for kl in (0.25, 0.75)]  # the others' settings, as it was
+    assert table.beside(means, others, like) == [{"recipe": "w3a16_g64", "arm": "gptq", "first": 1.0, "kl": 0.5}]
 
 
 def test_what_was_tried_is_told_apart_by_the_settings_that_differ(monkeypatch):

@@ -35,7 +35,7 @@ from qat.numerics.qtensor import QuantizedTensor
 
 FAST_KL_BOUND = 0.02  # nats, of the fast path against the reference
 MIN_PROMPTS, MIN_TOKENS = 3, 32
-LATER = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes", ".gitignore")  # loaders read none of these
+LATER = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", ".gitattributes", ".gitignore")  # no loader reads them
 HIDDEN = (".cache/", ".git/")
 
 
@@ -215,7 +215,7 @@ def _files(checkpoint: Checkpoint, sha: Any) -> dict[str, Any]:
     But a card, a license, and what hubs and git keep in hidden folders: no loader reads them.
     """
     sha = sha if isinstance(sha, dict) else {}
-    path, now = checkpoint.path, _file_digests(checkpoint)
+    now = _file_digests(checkpoint)
     changed = sorted(name for name, value in sha.items() if now.get(name) != value)
     added = sorted(name for name in now if name not in sha and name not in LATER and not name.startswith(HIDDEN))
     passed = bool(sha) and not changed and not added

@@ -2,7 +2,8 @@
 
     python scripts/reproduce/quality_table.py scripts/results/quality.json [scripts/results/quality_ct.json]
 
-With a second file its KL, of the same cells made otherwise, is set before that of the first, as its `beside`.
+With a second file its KL, of the same cells made otherwise, is set before that of the first, as its `beside`; its
+`like` are rows that the first had, with the second's settings, of cells whose settings the table has changed since.
 What is judged is the better of `qat` and `blockap_qat`, chosen by their KL on validation; all else is on test. Spreads
 are standard deviations over seeds; `s.e.` is the standard error over windows of the test split (jackknife).
 """
@@ -10,6 +11,7 @@ are standard deviations over seeds; `s.e.` is the standard error over windows of
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -158,13 +160,18 @@ def verdict(judged: list[Row]) -> str:
     return markdown([*header, "`qat_ce`: recovered nll", "against"], lines)
 
 
-def beside(means: list[Row], others: list[Row]) -> list[Row]:
-    """KL of the same cells made otherwise, as `first`, and KL as it is: means over seeds, of arms that quantize."""
+def beside(means: list[Row], others: list[Row], like: Sequence[Row] = ()) -> list[Row]:
+    """KL of the same cells made otherwise, as `first`, and KL as it is: means over seeds, of arms that quantize.
+
+    Cells whose settings the table has changed since are compared with `like`, rows that have the others' settings.
+    """
     found = []
     for row in means:
-        first = [other["kl"] for other in others if (other["recipe"], other["arm"]) == (row["recipe"], row["arm"])]
+        first, then = ([r["kl"] for r in rows if (r["recipe"], r["arm"]) == (row["recipe"], row["arm"])]
+                       for rows in (others, like))  # fmt: skip
         if first:
-            found.append({"recipe": row["recipe"], "arm": row["arm"], "first": mean(first), "kl": row["kl"]})
+            kl = mean(then) if then else row["kl"]
+            found.append({"recipe": row["recipe"], "arm": row["arm"], "first": mean(first), "kl": kl})
     return found
 
 
@@ -194,7 +201,7 @@ def main(file: str, other: str | None = None) -> None:
         print(f"{title}:\n\n{mark}\n{matrix(means, key, digits)}\n")
     if other is not None:
         content = read(Path(other))
-        content["beside"] = beside(means, content["rows"])
+        content["beside"] = beside(means, content["rows"], content["like"])
         write(Path(other), content)
         print(f"KL, test:\n\n<!-- from: {other} -->\n{beside_table(content['beside'])}\n")
 
