@@ -1,10 +1,11 @@
 # Sourced by the other scripts: makes .venv at the root of the repository and installs `.[$1]` and the demo model.
-# PYTHON names the interpreter to start from; 3.11, 3.12 and 3.13 are searched for otherwise.
+# PYTHON names the interpreter to start from; 3.11, 3.12 and 3.13 are searched for otherwise. The text of python_docs is that
+# of the interpreter: the README's tables are of 3.11.
 
 setup() {
     local extras=$1 root=$2 candidate
     if [ ! -x "$root/.venv/bin/python" ]; then
-        for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
+        for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
             if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
                 "$candidate" -m venv "$root/.venv"
                 break

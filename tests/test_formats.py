@@ -84,7 +84,7 @@ def test_what_the_json_holds_is_not_made_again_and_what_fails_is_said(tmp_path, 
     assert [row["verdict"] for row in json.loads(file.read_text())["rows"]] == ["VERIFIED", "refused", "VERIFIED"]
     with pytest.raises(SystemExit):
         run(monkeypatch, file, "w9")
-    assert "| `w8a8` | — | VERIFIED | — | 12.3 | — | — | 3 |" in capsys.readouterr().out
+    assert "| `w8a8` | — | VERIFIED | — | 12.3 | — | — | — | 3 |" in capsys.readouterr().out
 
 
 def test_a_command_that_writes_nothing_is_refused_only_for_the_known_reason(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from qat.cli.model_file import ModelFacts
 from qat.cli.problem import Problem
+from qat.formats.ct_args import refused
 from qat.numerics.granularity import PerTensor
 from qat.numerics.grid import IntGrid
 from qat.numerics.recipe import Recipe
@@ -25,21 +26,24 @@ def carries(name: str, recipe: Recipe) -> Iterator[Problem]:
             continue
         where = f"recipe.rules.{key}"
         if rule.input is not None:
-            text = (
-                f"format={name} carries weights only, not the input scheme {rule.input}; use format=none or input=null"
-            )
-            yield Problem(f"{where}.input", text)
-        yield from _weight(name, where, integers(rule.weight))
+            text = f"format={name} carries weights only, not the input scheme {rule.input}"
+            yield Problem(f"{where}.input", f"{text}; use format={_other(rule.weight, rule.input)} or input=null")
+        yield from _weight(name, where, integers(rule.weight), _other(rule.weight, rule.input))
         sizes.add(getattr(rule.weight.granularity, "group_size", None))
     if name == "awq" and len(sizes) > 1:
         text = "format=awq has one group size for the whole file; give every rule the same, or use format=gptq"
         yield Problem("recipe.rules", text)
 
 
-def _weight(name: str, where: str, scheme: Scheme) -> Iterator[Problem]:
+def _other(weight: Scheme, input: Scheme | None) -> str:
+    """The format that carries what a weight-only one does not."""
+    return "none" if any(refused(weight, input)) else "compressed_tensors"
+
+
+def _weight(name: str, where: str, scheme: Scheme, other: str) -> Iterator[Problem]:
     if not isinstance(scheme.grid, IntGrid) or scheme.grid.bits not in BITS[name]:
         bits = ", ".join(map(str, BITS[name]))
-        text = f"format={name} carries integers of {bits} bits, not {scheme}; use format=compressed_tensors or none"
+        text = f"format={name} carries integers of {bits} bits, not {scheme}; use format={other}"
         yield Problem(f"{where}.weight.grid", text)
     elif name == "gguf" and scheme.grid.bits == 8 and not scheme.symmetric:
         yield Problem(f"{where}.weight.symmetric", "format=gguf has no zero points at 8 bits; use symmetric=true")

@@ -192,5 +192,8 @@ def _engine(config: dict[str, Any], device: str) -> EngineConfig:
 def _conclude(out: Path) -> int:
     tokens = load(out)
     print(f"{out}: { ({split: len(stream) for split, stream in tokens.streams.items()}) }, {tokens.fingerprint[:12]}")
+    if empty := [split for split, stream in tokens.streams.items() if not len(stream)]:
+        print(f"Nothing is in {' and '.join(empty)}, so no run can be judged on it: make more, with a larger tokens=")
+        return 0
     print(f"Next:\n  qat run data=generated data.path={os.path.relpath(out)}")
     return 0

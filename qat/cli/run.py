@@ -150,7 +150,7 @@ def _conclude(bench: Workbench, summary: dict[str, Any], meter: Meter) -> None:
         say(line)
     say(f"\n{spent['seconds']:.0f} s, {spent['cpu_seconds']:.0f} CPU s. Next:")
     served = ("qat chat run=latest", "qat serve run=latest", "qat verify run=latest")
-    for command in (*(served if exported else ()), "qat compare runs/latest"):
+    for command in (*(served if exported else ()), "qat compare latest"):
         say(f"  {command}")
 
 

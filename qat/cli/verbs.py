@@ -113,7 +113,7 @@ VERBS = {
             "runs side by side, from their run directories",
             "Prints the arms of several runs in one table, the keys in which the runs differ, and a warning where\n"
             "they cannot be compared.",
-            ("qat compare runs/latest", "qat compare runs/a/1 runs/b/2 --md"),
+            ("qat compare latest", "qat compare runs/a/1 runs/b/2 --md"),
             usage="RUN... [--json] [--md]",
         ),
         Verb(

@@ -31,7 +31,8 @@ SHORT = ("observer=short", "method.observer=${observer}")
 FINE = ("VERIFIED", "refused")
 WEIGHT = "recipe.rules.linears.weight"
 COLUMNS = {"bits": ("bits_per_quantized_weight", ".2f"), "MB": ("mb", ".1f"), "engine": ("engine_logit_diff", ".1e"),
-           "other readers": ("reader_logit_diff", ".1e"), "seconds": ("seconds", ".0f")}  # fmt: skip
+           "other readers": ("reader_logit_diff", ".1e"), "fast path, KL": ("fast_path_kl", ".1e"),
+           "seconds": ("seconds", ".0f")}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import pytest
 from qat.cli.format_rules import BITS, MULTIPLES, carries, fits
 from qat.cli.model_file import ModelFacts
 from qat.engine.loader import FORMATS
+from qat.formats import ct_args
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.numerics.grid import Codebook, FloatGrid, IntGrid
 from qat.numerics.kv import KINDS
@@ -39,7 +40,20 @@ def test_inputs_and_caches(name):
     dynamic = Scheme(IntGrid(8), PerToken(), dynamic=True)
     found = list(carries(name, Recipe({"a": Rule(".*", good, dynamic), "b": Rule("b", None)}, KINDS["int8"])))
     assert [problem.where for problem in found] == ["recipe.kv", "recipe.rules.a.input"]
-    assert f"format={name} carries weights only, not the input scheme int8_token_dynamic" in found[1].text
+    said = f"format={name} carries weights only, not the input scheme int8_token_dynamic"
+    assert found[1].text == f"{said}; use format=compressed_tensors or input=null"
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_the_format_that_is_named_instead_carries_it(name):
+    dynamic = Scheme(IntGrid(8), PerToken(), dynamic=True)
+    for weight in SCHEMES:
+        for input in (None, dynamic):
+            for problem in carries(name, Recipe({"a": Rule(".*", weight, input)})):
+                if "use format=compressed_tensors" in problem.text:
+                    assert not list(ct_args.refused(weight, input)), problem.text
+                elif "use format=none" in problem.text:
+                    assert list(ct_args.refused(weight, input)), problem.text
 
 
 def test_one_group_size_for_awq_alone():

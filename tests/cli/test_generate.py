@@ -247,6 +247,13 @@ def test_a_failure_of_the_engine_is_said(made, monkeypatch, tmp_path):
     assert not (tmp_path / "text").exists()
 
 
+def test_a_run_is_named_only_where_there_is_text_to_judge_it_on(made):
+    assert "Next:\n  qat run data=generated" in made("enough", "splits={validation: 0.2, test: 0.2}")[2]
+    said = made("few", "splits={validation: 0.2, test: 0.0001}")[2]
+    assert "Nothing is in test, so no run can be judged on it" in said
+    assert "Next" not in said
+
+
 def test_a_generated_directory_trains(made, root, tmp_path, capsys):
     """`qat train data=generated data.path=DIR`, alone and beside other text."""
     made("text", "tokens=2500", "splits={validation: 0.2, test: 0.2}")
