@@ -142,7 +142,7 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     named = config["model"]
     model, tokenizer = hf.load(**named, dtype=dtype)
     plan = match(model, recipe)
-    _check(model, plan, recipe, config)
+    _check_model(model, plan, recipe, config)
     test, calib = config["evaluation"], config["calibration"]
     limit = model.config.max_position_embeddings
     for key in ("data", "calibration", "evaluation"):
@@ -181,8 +181,12 @@ def open_workbench(config: dict[str, Any], run: RunDir | None = None, split: str
     return bench
 
 
-def _check(model: PreTrainedModel, plan: Plan, recipe: Recipe, config: dict[str, Any]) -> None:
-    """What format, target, recipe and methods ask of the model."""
+def _check_model(model: PreTrainedModel, plan: Plan, recipe: Recipe, config: dict[str, Any]) -> None:
+    """What format, target, recipe and methods ask of the model, before anything is computed.
+
+    Raises:
+        ValueError: It is not what they ask for.
+    """
     for row in plan.rows:
         if row.weight is not None and (name := config["format"]["name"]) != "none":
             FORMATS[name].check_scheme(row.name, row.weight, row.input, row.kind)
@@ -199,7 +203,7 @@ def _rotates_stream(node: Any) -> bool:
     """Whether a method, in whatever place, rotates the residual stream."""
     if not isinstance(node, Mapping):
         return False
-    mine = node.get("_target_") == "qat.ptq.rotate.rotate" and node["residual"]
+    mine = node.get("_target_") == "qat.ptq.rotate.rotate" and node.get("residual", True)
     return mine or any(_rotates_stream(value) for value in node.values())
 
 

@@ -201,7 +201,7 @@ def main(file: str, other: str | None = None) -> None:
         print(f"{title}:\n\n{mark}\n{matrix(means, key, digits)}\n")
     if other is not None:
         content = read(Path(other))
-        content["beside"] = beside(means, content["rows"], content["like"])
+        content["beside"] = beside(means, content["rows"], content.get("like", ()))
         write(Path(other), content)
         print(f"KL, test:\n\n<!-- from: {other} -->\n{beside_table(content['beside'])}\n")
 

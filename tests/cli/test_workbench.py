@@ -199,7 +199,7 @@ def test_a_tied_head_that_cannot_follow_a_rotation_is_refused_before_there_is_a_
         return model, tokenizer
 
     monkeypatch.setattr(workbench.hf, "load", load)
-    rotate = {"_target_": "qat.ptq.rotate.rotate", "residual": True}
+    rotate = {"_target_": "qat.ptq.rotate.rotate"}  # its residual is true if it does not say
     own = config.pop("arms")  # of which none rotates
     placed = {"method": rotate, "arms": own | {"gptq": {"then": rotate}}, "init": {"method": rotate}}
     with pytest.raises(ValueError, match=r"model\.norm: its weight is not one number .*model\.untie=true"):
