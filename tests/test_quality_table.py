@@ -92,6 +92,11 @@ def test_what_is_printed_is_in_the_summary(table, tmp_path, capsys):
     assert f"{means['kl']:.4f} ± {means['kl_spread']:.4f}" in printed
     table.main(str(file))
     assert capsys.readouterr().out == printed
+    other = tmp_path / "other.json"  # as quality.py leaves it: no rows of another time beside it
+    write(other, {"meta": {}, "rows": [row | {"kl": 2 * row["kl"]} for row in rows().values()]})
+    table.main(str(file), str(other))
+    assert capsys.readouterr().out.startswith(printed)
+    assert all(pair["first"] == pytest.approx(2 * pair["kl"]) for pair in read(other)["beside"])
 
 
 def test_the_readme_says_what_the_file_says_and_the_file_what_its_rows_say(table):
